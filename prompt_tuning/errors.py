@@ -1,0 +1,10 @@
+"""The one exception that means "the input is at fault, not the program"."""
+
+
+class UserError(Exception):
+  """A fault in what the user gave: a path, a name, a shape, a binding.
+
+  The message is one line: what was required, what came, and what to do, in
+  the names the user typed. The mains print it and exit with code 1; anything
+  else that reaches them is a bug of ours and keeps its traceback.
+  """
