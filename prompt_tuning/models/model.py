@@ -1,0 +1,247 @@
+"""T5 with a soft prompt as loss, predictions and scores of a batch.
+
+A batch is a dict of arrays with T5X's names: `encoder_input_tokens` [B, T]
+(virtual tokens included), `decoder_input_tokens`, `decoder_target_tokens` and
+`decoder_loss_weights` [B, L], and where examples are packed
+`encoder_segment_ids`, `decoder_segment_ids` and the positions.
+Variables are `{'params': T5, 'prompt': {'table': [K, P, E]}}`; without
+`prompt` it is T5 alone.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from prompt_tuning.models import decoding
+from prompt_tuning.models import losses
+from prompt_tuning.models import network
+
+Batch = Mapping[str, jax.Array]
+Variables = Mapping[str, dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderModel:
+  """A T5 and the settings of its loss and decoding.
+
+  Attributes:
+    config: the network.
+    z_loss: coefficient of log(Z)^2.
+    label_smoothing: see `losses.cross_entropy`.
+    loss_normalizing_factor: see `losses.token_weights`; None sums over tokens.
+    decode_fn: `decoding.beam_search` or `decoding.temperature_sample`.
+    num_decodes: sequences looked for; the best one is returned.
+    decoder_params: keyword arguments of `decode_fn`.
+    eos_id: the id that ends a sequence.
+  """
+
+  config: network.T5Config
+  z_loss: float = 1e-4
+  label_smoothing: float = 0.0
+  loss_normalizing_factor: losses.Normalizer = None
+  decode_fn: Callable = decoding.beam_search
+  num_decodes: int = 1
+  decoder_params: Mapping | None = None
+  eos_id: int = 1
+
+  @functools.cached_property
+  def module(self) -> network.Transformer:
+    return network.Transformer(self.config)
+
+  def init_params(self, rng: jax.Array) -> dict:
+    """Fresh parameters, float32."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return self.module.init(rng, ids, ids, ids)['params']
+
+  def logits(
+      self, variables: Variables, batch: Batch, dropout_rng=None
+  ) -> Float[Array, 'B L V']:
+    """float32 logits of every target; dropout is on if it is given a key."""
+    return self.module.apply(
+        variables,
+        batch['encoder_input_tokens'],
+        batch['decoder_input_tokens'],
+        batch['decoder_target_tokens'],
+        batch.get('encoder_segment_ids'),
+        batch.get('decoder_segment_ids'),
+        enable_dropout=dropout_rng is not None,
+        rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+    )
+
+  def token_weights(self, batch: Batch) -> Float[Array, 'B L']:
+    """Each token's weight in the loss, normaliser included."""
+    return losses.token_weights(batch, self.loss_normalizing_factor)
+
+  def loss_fn(
+      self,
+      variables: Variables,
+      batch: Batch,
+      dropout_rng: jax.Array | None = None,
+      token_weights: Float[Array, 'B L'] | None = None,
+  ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
+    """The loss, z-loss included, and sums for metrics.
+
+    Args:
+      variables: collections of the network.
+      batch: see the module.
+      dropout_rng: None switches dropout off.
+      token_weights: `self.token_weights` of the whole batch, where this one is
+        only a part of it; None takes this batch's.
+
+    Returns:
+      The loss and {'loss', 'z_loss', 'weights': as they enter the loss;
+      'cross_entropy', 'correct', 'tokens': sums over tokens of weight > 0}.
+    """
+    if token_weights is None:
+      token_weights = self.token_weights(batch)
+    logits = self.logits(variables, batch, dropout_rng)
+    targets = batch['decoder_target_tokens']
+    token_loss, token_z_loss = losses.cross_entropy(
+        logits,
+        targets,
+        label_smoothing=self.label_smoothing,
+        z_loss=self.z_loss,
+    )
+    z_loss = jnp.sum(token_z_loss * token_weights)
+    loss = jnp.sum(token_loss * token_weights) + z_loss
+    counted = (token_weights > 0).astype(jnp.float32)
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return loss, {
+        'loss': loss,
+        'z_loss': z_loss,
+        'weights': jnp.sum(token_weights),
+        'cross_entropy': jnp.sum(token_loss * counted),
+        'correct': jnp.sum(correct * counted),
+        'tokens': jnp.sum(counted),
+    }
+
+  def score_batch(
+      self, variables: Variables, batch: Batch
+  ) -> Float[Array, 'B']:
+    """Log-likelihood of each example's targets, in nats, without z-loss."""
+    logits = self.logits(variables, batch)
+    token_loss, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'])
+    weights = losses.token_weights(batch, None)
+    return -jnp.sum(token_loss * weights, axis=-1)
+
+  def rank_classify(
+      self,
+      variables: Variables,
+      batch: Batch,
+      label_tokens: Int[Array, 'C L'],
+  ) -> Float[Array, 'B C']:
+    """Log-likelihood of every label as the target of every example.
+
+    Args:
+      variables: collections of the network.
+      batch: its `encoder_input_tokens` are used, encoded once for all labels.
+      label_tokens: each label's ids with EOS, padded with 0.
+    """
+    inputs = batch['encoder_input_tokens']
+    encoded = self.module.apply(
+        variables, inputs, method=network.Transformer.encode
+    )
+
+    def score(label):  # [L]
+      targets = jnp.broadcast_to(label, (inputs.shape[0], label.shape[0]))
+      shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
+      logits = self.module.apply(
+          variables,
+          encoded,
+          inputs,
+          shifted,
+          targets,
+          method=network.Transformer.decode,
+      )
+      token_loss, _ = losses.cross_entropy(logits, targets)
+      return -jnp.sum(token_loss * (targets > 0).astype(jnp.float32), axis=-1)
+
+    return jax.lax.map(score, label_tokens).T
+
+  def predict_batch_with_aux(
+      self,
+      variables: Variables,
+      batch: Batch,
+      rng: jax.Array | None = None,
+      *,
+      num_decodes: int | None = None,
+      return_all_decodes: bool = False,
+      decoder_params: Mapping | None = None,
+      prompt_with_targets: bool = False,
+  ) -> tuple[Int[Array, 'B *N L'], dict[str, Float[Array, 'B *N']]]:
+    """Decodes L tokens at most, L the length of `decoder_input_tokens`.
+
+    Args:
+      variables: collections of the network.
+      batch: `encoder_input_tokens` and, for its shape, `decoder_input_tokens`.
+      rng: needed where the decoding samples.
+      num_decodes: N; None takes the model's.
+      return_all_decodes: all N sequences, worst first, and not the best alone.
+      decoder_params: added to the model's own.
+      prompt_with_targets: decoding starts by repeating `decoder_input_tokens`
+        up to its first padding.
+
+    Returns:
+      ids [B, L] and {'scores': [B]}, or [B, N, L] and [B, N] for all.
+    """
+    num_decodes = num_decodes or self.num_decodes
+    inputs = batch['encoder_input_tokens']
+    start = batch['decoder_input_tokens']
+    if not prompt_with_targets:
+      start = jnp.zeros_like(start)
+    length = start.shape[1]
+    module = self.module
+    encoded = module.apply(
+        variables, inputs, method=network.Transformer.encode
+    )
+    # The decoder reads no encoder output after this: its cache holds the
+    # projections of `encoded`, and the beams get copies of those.
+    _, cache = module.apply(
+        variables,
+        encoded,
+        inputs,
+        start,
+        cache_length=length,
+        method=network.Transformer.decode,
+        mutable=['cache'],
+    )
+    inputs = jnp.repeat(inputs, num_decodes, axis=0)  # [B * N, T]
+    encoded = jnp.repeat(encoded, num_decodes, axis=0)
+
+    def tokens_to_logits(ids, cache):
+      logits, updated = module.apply(
+          {**variables, 'cache': cache},
+          encoded,
+          inputs,
+          ids,
+          cache_length=length,
+          method=network.Transformer.decode,
+          mutable=['cache'],
+      )
+      return logits[:, -1], updated['cache']
+
+    params = {**(self.decoder_params or {}), **(decoder_params or {})}
+    if self.decode_fn is decoding.temperature_sample:
+      params['rng'] = rng
+    decodes, scores = self.decode_fn(
+        start,
+        cache['cache'],
+        tokens_to_logits,
+        eos_id=self.eos_id,
+        num_decodes=num_decodes,
+        cache_batch_axis=1 if self.config.scan_layers else 0,
+        **params,
+    )
+    if return_all_decodes:
+      return decodes, {'scores': scores}
+    return decodes[:, -1], {'scores': scores[:, -1]}
+
+  def predict_batch(
+      self, variables: Variables, batch: Batch, rng: jax.Array | None = None
+  ) -> Int[Array, 'B L']:
+    """The best sequence of each example, EOS included, then padding."""
+    return self.predict_batch_with_aux(variables, batch, rng)[0]

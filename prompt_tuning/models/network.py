@@ -1,0 +1,468 @@
+"""The T5 encoder-decoder as one Flax module (T5 1.0, T5 1.1, mT5, ByT5).
+
+Parameter paths are T5X's (`encoder/layers_0/attention/query/kernel`,
+`token_embedder/embedding`, `decoder/logits_dense/kernel`). A soft prompt is
+the variable `table` of the collection `prompt`: encoder ids from `vocab_size`
+upwards index its rows, everything else sees ordinary tokens.
+"""
+
+import dataclasses
+import functools
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from prompt_tuning.models import attention
+from prompt_tuning.models import layers
+
+REMAT_POLICIES = {
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """The settings of a T5; names as in T5X.
+
+  Attributes:
+    vocab_size: rows V of the embedding table, at least the vocabulary's pieces.
+    emb_dim: E, the width of the residual stream.
+    num_heads: N.
+    head_dim: D; N * D need not be E.
+    mlp_dim: F.
+    num_encoder_layers: layers of the encoder.
+    num_decoder_layers: layers of the decoder.
+    mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
+    logits_via_embedding: tied output layer, scaled by E^-0.5 (T5 1.0).
+    dropout_rate: for all dropout of the network; active in training alone.
+    dtype: of activations; norms, scores, softmax and logits are float32 anyway.
+    num_buckets: relative-position buckets, in both stacks.
+    max_distance: relative distances beyond it share a bucket.
+    scan_layers: one compiled layer, run by a scan over stacked parameters
+      (axis 1 of each kernel, as T5X's), instead of unrolled layers.
+    remat_policy: what a layer keeps for its backward pass: 'none' keeps all,
+      'minimal' the products with weights, 'full' the layer's input alone.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  num_encoder_layers: int
+  num_decoder_layers: int
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  logits_via_embedding: bool = False
+  dropout_rate: float = 0.0
+  dtype: str = 'float32'
+  num_buckets: int = 32
+  max_distance: int = 128
+  scan_layers: bool = False
+  remat_policy: str = 'none'
+
+  def __post_init__(self):
+    for activation in self.mlp_activations:
+      if activation not in layers.ACTIVATIONS:
+        raise ValueError(
+            f'mlp_activations has {activation!r}; known are'
+            f' {sorted(layers.ACTIVATIONS)}'
+        )
+    if self.remat_policy not in REMAT_POLICIES:
+      raise ValueError(
+          f'remat_policy is {self.remat_policy!r}; known are'
+          f' {sorted(REMAT_POLICIES)}'
+      )
+
+
+def _attention(config: T5Config, name: str) -> attention.Attention:
+  return attention.Attention(
+      config.num_heads,
+      config.head_dim,
+      config.dropout_rate,
+      config.dtype,
+      name=name,
+  )
+
+
+def _mlp(config: T5Config) -> layers.MLP:
+  return layers.MLP(
+      config.mlp_dim,
+      config.mlp_activations,
+      config.dropout_rate,
+      config.dtype,
+      name='mlp',
+  )
+
+
+class EncoderLayer(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)).
+
+  Returns a pair, as `nn.scan` wants it; the second is always None.
+  """
+
+  config: T5Config
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B T E'], mask, bias):
+    config, deterministic = self.config, self.deterministic
+    y = layers.RMSNorm(config.dtype, name='pre_attention_layer_norm')(x)
+    y = _attention(config, 'attention')(
+        y, None, mask, bias, deterministic=deterministic
+    )
+    x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
+    y = layers.RMSNorm(config.dtype, name='pre_mlp_layer_norm')(x)
+    y = _mlp(config)(y, deterministic=deterministic)
+    x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
+    return x, None
+
+
+class DecoderLayer(nn.Module):
+  """Self-attention, attention over the encoder, mlp; each with its residual."""
+
+  config: T5Config
+  deterministic: bool
+  decode: bool
+
+  @nn.compact
+  def __call__(
+      self,
+      x: Float[Array, 'B L E'],
+      encoded: Float[Array, 'B T E'],
+      mask,
+      bias,
+      encoder_mask,
+      cache_index,
+  ):
+    config, deterministic = self.config, self.deterministic
+    y = layers.RMSNorm(config.dtype, name='pre_self_attention_layer_norm')(x)
+    y = _attention(config, 'self_attention')(
+        y,
+        None,
+        mask,
+        bias,
+        deterministic=deterministic,
+        decode=self.decode,
+        cache_index=cache_index,
+    )
+    x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
+    y = layers.RMSNorm(config.dtype, name='pre_cross_attention_layer_norm')(x)
+    y = _attention(config, 'encoder_decoder_attention')(
+        y, encoded, encoder_mask, deterministic=deterministic,
+        decode=self.decode,
+    )
+    x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
+    y = layers.RMSNorm(config.dtype, name='pre_mlp_layer_norm')(x)
+    y = _mlp(config)(y, deterministic=deterministic)
+    x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
+    return x, None
+
+
+def _run_layers(
+    config: T5Config, layer: type[nn.Module], length: int, name: str, **settings
+):
+  """The stack of `length` layers as a function of (x, *broadcast arguments).
+
+  Unrolled layers are `layers_0`, `layers_1`, …; scanned ones are one module
+  called `name` whose parameters carry the layer on axis 1.
+  """
+  if config.remat_policy != 'none':
+    layer = nn.remat(
+        layer,
+        policy=REMAT_POLICIES[config.remat_policy],
+        prevent_cse=not config.scan_layers,
+    )
+  if config.scan_layers:
+
+    def run(x, *args):
+      stack = nn.scan(
+          layer,
+          variable_axes={'params': 1, 'cache': 0},
+          split_rngs={'params': True, 'dropout': True},
+          in_axes=nn.broadcast,
+          length=length,
+      )
+      return stack(config, **settings, name=name)(x, *args)[0]
+
+  else:
+
+    def run(x, *args):
+      for i in range(length):
+        x, _ = layer(config, **settings, name=f'layers_{i}')(x, *args)
+      return x
+
+  return run
+
+
+def _position_bias(config: T5Config, bidirectional: bool):
+  return layers.RelativePositionBias(
+      config.num_heads,
+      config.num_buckets,
+      config.max_distance,
+      bidirectional,
+      name='relpos_bias',
+  )
+
+
+class Encoder(nn.Module):
+  """The stack over embedded inputs."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(
+      self,
+      x: Float[Array, 'B T E'],
+      mask: Bool[Array, 'B 1 T T'],
+      *,
+      deterministic: bool,
+  ) -> Float[Array, 'B T E']:
+    config = self.config
+    positions = jnp.arange(x.shape[1])
+    bias = _position_bias(config, True)(positions, positions)
+    x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
+    x = _run_layers(
+        config,
+        EncoderLayer,
+        config.num_encoder_layers,
+        'encoder',
+        deterministic=deterministic,
+    )(x.astype(config.dtype), mask, bias)
+    x = layers.RMSNorm(config.dtype, name='encoder_norm')(x)
+    return layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+  """The stack over embedded targets; returns hidden states, or logits untied.
+
+  The collection `cache` holds one `cache_index` for the whole stack.
+  """
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(
+      self,
+      x: Float[Array, 'B L E'],
+      encoded: Float[Array, 'B T E'],
+      mask: Bool[Array, 'B 1 L L'] | None,
+      encoder_mask: Bool[Array, 'B 1 #L T'],
+      *,
+      deterministic: bool,
+      decode: bool = False,
+      cache_length: int | None = None,
+  ) -> Float[Array, 'B L _']:
+    config = self.config
+    key_positions = jnp.arange(cache_length or x.shape[1])
+    query_positions = jnp.arange(x.shape[1])
+    index = jnp.zeros((), jnp.int32)
+    if decode:
+      stepping = self.has_variable('cache', 'cache_index')
+      cache_index = self.variable('cache', 'cache_index', lambda: index)
+      if stepping:
+        index = cache_index.value
+        query_positions = index[None]
+        mask = (key_positions <= index)[None, None, None]
+        cache_index.value = index + 1
+    bias = _position_bias(config, False)(query_positions, key_positions)
+    x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
+    x = _run_layers(
+        config,
+        DecoderLayer,
+        config.num_decoder_layers,
+        'decoder',
+        deterministic=deterministic,
+        decode=decode,
+    )(x.astype(config.dtype), encoded, mask, bias, encoder_mask, index)
+    x = layers.RMSNorm(config.dtype, name='decoder_norm')(x)
+    x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
+    if config.logits_via_embedding:
+      return x
+    # Logits are float32, whatever the activations are.
+    return layers.Dense(config.vocab_size, 'float32', name='logits_dense')(x)
+
+
+class TokenEmbedder(nn.Module):
+  """The table of the vocabulary's embeddings, shared by both stacks."""
+
+  config: T5Config
+
+  def setup(self):
+    self.embedding = self.param(
+        'embedding',
+        nn.initializers.normal(1.0),
+        (self.config.vocab_size, self.config.emb_dim),
+    )
+
+  def __call__(self, ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:
+    return jnp.take(self.embedding, ids, axis=0).astype(self.config.dtype)
+
+  def attend(self, x: Float[Array, 'B L E']) -> Float[Array, 'B L V']:
+    x = x.astype(jnp.float32) @ self.embedding.astype(jnp.float32).T
+    return x / np.float32(np.sqrt(self.config.emb_dim))
+
+
+class Transformer(nn.Module):
+  """T5; `encode` and `decode` are its halves, `__call__` runs both."""
+
+  config: T5Config
+
+  def setup(self):
+    self.token_embedder = TokenEmbedder(self.config)
+    self.encoder = Encoder(self.config)
+    self.decoder = Decoder(self.config)
+
+  def embed(self, ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:
+    """Embeddings of tokens, and of virtual tokens (ids from vocab_size up)."""
+    if not self.has_variable('prompt', 'table'):
+      return self.token_embedder(ids)
+    vocab_size, dtype = self.config.vocab_size, self.config.dtype
+    table = self.get_variable('prompt', 'table')  # [K, P, E]
+    table = table.reshape(-1, table.shape[-1]).astype(dtype)
+    is_virtual = ids >= vocab_size
+    tokens = self.token_embedder(jnp.where(is_virtual, 0, ids))
+    # A product with one-hot rows, so that the prompt's gradient is a product
+    # too, and not a scatter; other ids give rows of zeros.
+    rows = jax.nn.one_hot(ids - vocab_size, table.shape[0], dtype=dtype)
+    return jnp.where(is_virtual[..., None], rows @ table, tokens)
+
+  def encode(
+      self,
+      encoder_input_tokens: Int[Array, 'B T'],
+      encoder_segment_ids: Int[Array, 'B T'] | None = None,
+      *,
+      enable_dropout: bool = False,
+  ) -> Float[Array, 'B T E']:
+    """Encoder outputs; id 0 is padding, to be looked at by no token."""
+    valid = encoder_input_tokens > 0
+    mask = attention.padding_mask(valid, valid)
+    if encoder_segment_ids is not None:
+      mask &= attention.segment_mask(encoder_segment_ids, encoder_segment_ids)
+    return self.encoder(
+        self.embed(encoder_input_tokens),
+        mask,
+        deterministic=not enable_dropout,
+    )
+
+  def decode(
+      self,
+      encoded: Float[Array, 'B T E'],
+      encoder_input_tokens: Int[Array, 'B T'],
+      decoder_input_tokens: Int[Array, 'B L'],
+      decoder_target_tokens: Int[Array, 'B L'] | None = None,
+      encoder_segment_ids: Int[Array, 'B T'] | None = None,
+      decoder_segment_ids: Int[Array, 'B L'] | None = None,
+      *,
+      enable_dropout: bool = False,
+      cache_length: int | None = None,
+  ) -> Float[Array, 'B L V']:
+    """Logits, float32.
+
+    Args:
+      encoded: outputs of `encode`.
+      encoder_input_tokens: what was encoded; its zeros are masked.
+      decoder_input_tokens: targets shifted right, id 0 first; with a cache in
+        place, the one token of this step.
+      decoder_target_tokens: its zeros are padding; None takes all positions.
+      encoder_segment_ids: number of each position's packed example, 0 for none.
+      decoder_segment_ids: likewise.
+      enable_dropout: needs a `dropout` rng.
+      cache_length: decode one token at a time, with room for so many. The call
+        that finds no cache creates it, and its logits are of no use.
+    """
+    valid = jnp.ones_like(decoder_input_tokens, bool)
+    if decoder_target_tokens is not None:
+      valid = decoder_target_tokens > 0
+    encoder_mask = attention.padding_mask(valid, encoder_input_tokens > 0)
+    mask = None
+    if cache_length is None:
+      mask = attention.padding_mask(valid, valid)
+      mask &= attention.causal_mask(valid.shape[1])
+      if decoder_segment_ids is not None:
+        mask &= attention.segment_mask(decoder_segment_ids, decoder_segment_ids)
+        encoder_mask &= attention.segment_mask(
+            decoder_segment_ids, encoder_segment_ids
+        )
+    x = self.decoder(
+        self.token_embedder(decoder_input_tokens),
+        encoded,
+        mask,
+        encoder_mask,
+        deterministic=not enable_dropout,
+        decode=cache_length is not None,
+        cache_length=cache_length,
+    )
+    if self.config.logits_via_embedding:
+      return self.token_embedder.attend(x)
+    return x
+
+  def __call__(
+      self,
+      encoder_input_tokens: Int[Array, 'B T'],
+      decoder_input_tokens: Int[Array, 'B L'],
+      decoder_target_tokens: Int[Array, 'B L'],
+      encoder_segment_ids: Int[Array, 'B T'] | None = None,
+      decoder_segment_ids: Int[Array, 'B L'] | None = None,
+      *,
+      enable_dropout: bool = False,
+  ) -> Float[Array, 'B L V']:
+    """Logits of all targets at once (training, scoring)."""
+    encoded = self.encode(
+        encoder_input_tokens,
+        encoder_segment_ids,
+        enable_dropout=enable_dropout,
+    )
+    return self.decode(
+        encoded,
+        encoder_input_tokens,
+        decoder_input_tokens,
+        decoder_target_tokens,
+        encoder_segment_ids,
+        decoder_segment_ids,
+        enable_dropout=enable_dropout,
+    )
+
+
+def stack_layers(params: dict) -> dict:
+  """Parameters of unrolled layers as those of scanned ones (axis 1)."""
+  flat = traverse_util.flatten_dict(params)
+  stacks, stacked = {}, {}
+  for path, value in flat.items():
+    if path[1].startswith('layers_'):
+      key = (path[0], path[0], *path[2:])
+      stacks.setdefault(key, {})[int(path[1].removeprefix('layers_'))] = value
+    else:
+      stacked[path] = value
+  for path, of_layer in stacks.items():
+    xp = np if isinstance(of_layer[0], np.ndarray) else jnp
+    in_order = [of_layer[i] for i in range(len(of_layer))]
+    stacked[path] = xp.stack(in_order, axis=1)
+  return traverse_util.unflatten_dict(stacked)
+
+
+def unstack_layers(params: dict) -> dict:
+  """Parameters of scanned layers as those of unrolled ones."""
+  unstacked = {}
+  for path, value in traverse_util.flatten_dict(params).items():
+    if len(path) > 2 and path[0] == path[1]:
+      for i in range(value.shape[1]):
+        unstacked[(path[0], f'layers_{i}', *path[2:])] = value[:, i]
+    else:
+      unstacked[path] = value
+  return traverse_util.unflatten_dict(unstacked)
+
+
+@functools.cache
+def parameter_shapes(config: T5Config) -> dict:
+  """The tree of `jax.ShapeDtypeStruct` of a network's parameters, float32."""
+  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  variables = jax.eval_shape(
+      Transformer(config).init, jax.random.key(0), ids, ids, ids
+  )
+  return variables['params']
