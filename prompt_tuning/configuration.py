@@ -7,6 +7,7 @@ order cannot matter) and handed to gin in sorted order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -41,8 +42,8 @@ CONFIGURABLES = {
   'sampled_vocabulary': 'prompt_tuning.models.prompt:sampled_vocabulary',
   'class_labels': 'prompt_tuning.models.prompt:class_labels',
   'from_string': 'prompt_tuning.models.prompt:from_string',
-  'from_file': 'prompt_tuning.models.prompt:from_file',
-  'decode': 'prompt_tuning.models.decoding:decode',
+  'from_file': 'prompt_tuning.interop.export:from_file',
+  'temperature_sample': 'prompt_tuning.models.decoding:temperature_sample',
   'beam_search': 'prompt_tuning.models.decoding:beam_search',
   # Data and evaluation.
   'TaskData': 'prompt_tuning.data.task_data:TaskData',
@@ -89,7 +90,6 @@ class Binding:
     name: the configurable as typed, or the macro.
     parameter: '' for a macro.
     value: literals and `Reference`s; its repr is gin again.
-    file: what the user typed for the file, or '' for the command line.
     where: 'file:line', or the flag.
   """
 
@@ -97,7 +97,6 @@ class Binding:
   name: str
   parameter: str
   value: Any
-  file: str
   where: str
 
   @property
@@ -188,11 +187,23 @@ def find_file(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
   )
 
 
-def read_bindings(flags: Flags) -> tuple[list[Binding], list[str]]:
-  """Reads every file once, and the command line's bindings over them.
+@dataclasses.dataclass(frozen=True)
+class Bindings:
+  """What files and flags say.
 
-  Returns:
-    The bindings that hold, sorted, and the modules the files import.
+  Attributes:
+    all: the bindings that hold, flags over files, sorted.
+    of_files: those of the files alone, sorted.
+    imports: gin's import statements.
+  """
+
+  all: list[Binding]
+  of_files: list[Binding]
+  imports: list[str]
+
+
+def read_bindings(flags: Flags) -> Bindings:
+  """Reads every file once, and the command line's bindings over them.
 
   Raises:
     ConfigurationError: a missing file, unreadable gin, two files that bind
@@ -224,7 +235,7 @@ def read_bindings(flags: Flags) -> tuple[list[Binding], list[str]]:
         _import_for_gin(statement, location)
         imports.append(statement.format())
       elif isinstance(statement, config_parser.BindingStatement):
-        found.append(_binding(statement, name, location))
+        found.append(_binding(statement, location))
   # Only now: an import of the last file may register a name of the first.
   for binding in found:
     other = bindings.setdefault(binding.key, binding)
@@ -234,10 +245,12 @@ def read_bindings(flags: Flags) -> tuple[list[Binding], list[str]]:
         f'{binding} is bound twice, by {first} and by {second}: keep one, or '
         f'override both with --gin.{binding}=...'
       )
+  of_files = [bindings[key] for key in sorted(bindings)]
   for name, text in flags.bindings:
     binding = _command_line_binding(name, text)
     bindings[binding.key] = binding
-  return [bindings[key] for key in sorted(bindings)], sorted(set(imports))
+  holding = [bindings[key] for key in sorted(bindings)]
+  return Bindings(holding, of_files, sorted(set(imports)))
 
 
 def configure(function: str, flags: Flags) -> Callable[..., Any]:
@@ -255,11 +268,16 @@ def configure(function: str, flags: Flags) -> Callable[..., Any]:
       values of a wrong type, bindings that nothing uses.
   """
   gin.clear_config()
-  bindings, imports = read_bindings(flags)
-  for binding in bindings:
-    _check_names(binding, bindings)
-  _Usage(function, bindings).check()
-  lines = imports + [f'{_gin_key(b)} = {b.value!r}' for b in bindings]
+  bindings = read_bindings(flags)
+  for binding in bindings.all:
+    _check_names(binding)
+  # A flag may cut off what a file binds: --gin.train.evaluation=None leaves
+  # the run file's Evaluation without a user, which is no fault of the file.
+  without_flags = _Usage(function, bindings.of_files)
+  without_flags.walk()
+  usage = _Usage(function, bindings.all)
+  used = usage.check(excused=without_flags.used)
+  lines = bindings.imports + [f'{_gin_key(b)} = {b.value!r}' for b in used]
   gin.parse_config('\n'.join(lines))
   gin.finalize()
   return _registered(function)
@@ -271,25 +289,38 @@ def resolved_config() -> str:
   A run writes this to MODEL_DIR/config.gin; the file given back as --gin_file
   is the same run.
   """
-  operative = gin.operative_config_str()
-  known = {str(_binding(s, '', '')) for s in _statements(operative, '')
-           if isinstance(s, config_parser.BindingStatement)}
-  bound = gin.config_str()
-  later = []
-  for statement in _statements(bound, ''):
-    if isinstance(statement, config_parser.BindingStatement):
-      binding = _binding(statement, '', '')
-      if str(binding) not in known:
-        later.append(f'{binding} = {binding.value!r}')
+  called = gin.operative_config_str()
+  known = {binding.key for binding in _bindings_in(called)}
+  later = [
+    f'{binding} = {binding.value!r}'
+    for binding in _bindings_in(gin.config_str())
+    if binding.key not in known
+  ]
   if later:
-    operative += '\n'.join(['\n# Bound, not called so far:', *later, ''])
-  return operative
+    called += '\n'.join(['\n# Bound, not called so far:', *later, ''])
+  return called
+
+
+def bound_value(name: str, parameter: str) -> Any:
+  """What gin gives a parameter of a configurable; references are called."""
+  bound = gin.get_bindings(_canonical(name), resolve_references=False)
+  return copy.deepcopy(bound[parameter])
 
 
 def run_main(
-  function: str, arguments: Sequence[str] | None, description: str | None
+  function: str,
+  arguments: Sequence[str] | None,
+  description: str | None,
+  finish: Callable[[Any], Any] | None = None,
 ) -> int:
   """The whole of a main: flags, one call, its result as JSON, an exit code.
+
+  Args:
+    function: the configurable to call. If it takes `resolved_config`, it gets
+      the function of that name and decides when the text is complete.
+    arguments: without the program's name; None takes the process's own.
+    description: what --help says, the main's docstring.
+    finish: what is left to do with the result; returns what is printed.
 
   Returns:
     0; 1 for a fault of data, paths or shapes; 2 for one of usage or gin.
@@ -300,7 +331,13 @@ def run_main(
     return 0 if arguments else 2
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   try:
-    result = configure(function, parse_flags(arguments))()
+    call = configure(function, parse_flags(arguments))
+    settings = {}
+    if 'resolved_config' in _signature(_resolve(function)).parameters:
+      settings['resolved_config'] = resolved_config
+    result = call(**settings)
+    if finish is not None:
+      result = finish(result)
   except errors.UserError as error:
     # gin appends lines that name the configurable; ours is the first.
     print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
@@ -338,25 +375,44 @@ class _Usage:
     self.used: set[tuple[str, str, str]] = set()
     self.visited: set[tuple] = set()
     self.wanted: dict[str, str] = {}
+    self.faults: list[ConfigurationError] = []
 
-  def check(self) -> None:
+  def walk(self) -> None:
+    """Finds what is used, and what is wanted and not bound."""
+    self._visit(self.function, (), called=True, by='')
+
+  def check(self, excused: set[tuple[str, str, str]]) -> list[Binding]:
     """Raises ConfigurationError for what is missing, then for what is unused.
 
-    A misspelt macro is both: the message about the missing one names the
-    nearest unused one.
+    A misspelt macro is both, and gets one message that says so.
+
+    Args:
+      excused: keys that need not be used, unless a flag binds them.
+
+    Returns:
+      The bindings that are used.
     """
-    self._visit(self.function, (), called=True, by='')
-    unused = [b for b in self.bindings if b.key not in self.used]
+    self.walk()
+    unused = [
+      b
+      for b in self.bindings
+      if b.key not in self.used
+      and (b.key not in excused or b.where.startswith('--'))
+    ]
     for macro, by in sorted(self.wanted.items()):
-      near = _nearest(macro, [str(b) for b in unused if not b.parameter])
-      if near:
+      spare = {str(b): b.where for b in unused if not b.parameter}
+      close = difflib.get_close_matches(macro, spare, n=1)
+      if close:
         raise ConfigurationError(
-          f'%{macro} is not bound, needed by {by}{near}'
+          f'{close[0]} is bound by {spare[close[0]]} but nothing uses it, and '
+          f'%{macro}, needed by {by}, is not bound: did you mean {macro}?'
         )
       raise ConfigurationError(
         f'%{macro} is not bound, needed by {by}: give --gin.{macro}=...'
         + _shipped_with(('', macro, ''))
       )
+    if self.faults:
+      raise self.faults[0]
     for binding in unused:
       near = ''
       if not binding.parameter:
@@ -366,6 +422,7 @@ class _Usage:
         f'{binding} is bound by {binding.where} but nothing that '
         f'{self.function} calls uses it{near}: remove it'
       )
+    return [b for b in self.bindings if b.key in self.used]
 
   def _visit(
     self, name: str, scopes: tuple[str, ...], called: bool, by: str
@@ -428,9 +485,11 @@ class _Usage:
     origin = binding
     if isinstance(binding.value, Reference):
       origin = self.macros.get(binding.value.name, binding)
-    raise ConfigurationError(
-      f'{name}.{parameter} must be {_describe(hint)}, got {value!r} '
-      f'({origin.where})'
+    self.faults.append(
+      ConfigurationError(
+        f'{name}.{parameter} must be {_describe(hint)}, got {value!r} '
+        f'({origin.where})'
+      )
     )
 
   def _check_required(self, name: str, bound: set[str], by: str) -> None:
@@ -441,10 +500,12 @@ class _Usage:
         or parameter.name in bound
       ):
         continue
-      raise ConfigurationError(
-        f'{by}{name}.{parameter.name} is not bound: give '
-        f'--gin.{name}.{parameter.name}=...'
-        + _shipped_with(('', _canonical(name), parameter.name))
+      key = ('', _canonical(name), parameter.name)
+      self.faults.append(
+        ConfigurationError(
+          f'{by}{name}.{parameter.name} is not bound: give '
+          f'--gin.{name}.{parameter.name}=...' + _shipped_with(key)
+        )
       )
 
 
@@ -490,13 +551,18 @@ def _syntax_fault(error: Exception, text: str, file: str) -> str:
   return f'{where}{flag}{line} is not valid gin ({reason.rstrip(".")})'
 
 
-def _binding(statement: Any, file: str, where: str) -> Binding:
+def _bindings_in(text: str, name: str = '') -> Iterator[Binding]:
+  for statement in _statements(text, name):
+    if isinstance(statement, config_parser.BindingStatement):
+      yield _binding(statement, name)
+
+
+def _binding(statement: Any, where: str) -> Binding:
   return Binding(
     statement.scope,
     statement.selector,
     statement.arg_name,
     statement.value,
-    file,
     where,
   )
 
@@ -507,7 +573,7 @@ def _command_line_binding(name: str, text: str) -> Binding:
     statements[0], config_parser.BindingStatement
   ):
     raise ConfigurationError(f'--gin.{name}={text} is not one binding')
-  return _binding(statements[0], '', f'--gin.{name}')
+  return _binding(statements[0], f'--gin.{name}')
 
 
 def _import_for_gin(
@@ -609,7 +675,7 @@ def _registered(name: str) -> Callable[..., Any]:
   return _REGISTERED[name]
 
 
-def _check_names(binding: Binding, bindings: Sequence[Binding]) -> None:
+def _check_names(binding: Binding) -> None:
   """Every name in the binding exists.
 
   Raises:
@@ -696,10 +762,8 @@ def _shipped_with(key: tuple[str, str, str]) -> str:
   files = []
   for path in sorted(own.rglob('*.gin')):
     name = path.relative_to(own).as_posix()
-    for statement in _statements(path.read_text(), name):
-      if isinstance(statement, config_parser.BindingStatement):
-        if _binding(statement, name, name).key == key:
-          files.append(name)
+    if any(b.key == key for b in _bindings_in(path.read_text(), name)):
+      files.append(name)
   return f' or --gin_file={files[0]}' + (
     f' (or {", ".join(files[1:4])})' if files[1:] else ''
   ) if files else ''

@@ -10,12 +10,12 @@ Nothing here needs TensorFlow: inference on plain text builds its rows with
 `data/feature_converter.py`.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any
 
-import numpy as np
 from jaxtyping import Int
+import numpy as np
 
 from prompt_tuning.errors import UserError
 
@@ -137,8 +137,6 @@ def encoder_row(
   )
   if virtual_tokens is not None:
     ids = virtual_tokens.place(ids, virtual_tokens.ids(prompt_index))
-  row = np.full(
-    encoder_length(inputs_length, virtual_tokens), PAD_ID, np.int32
-  )
+  row = np.full(encoder_length(inputs_length, virtual_tokens), PAD_ID, np.int32)
   row[: len(ids)] = ids
   return row

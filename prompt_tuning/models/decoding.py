@@ -14,7 +14,8 @@ adds nothing to the score. `inputs` of zeros decodes from scratch.
 Length. The first EOS ends a sequence, and only padding (0) follows it. Id 0 has
 a logit too: before EOS it is a token like any other, is fed back to the decoder
 and counted in the score, as in T5X. So where a sequence ends is told by EOS,
-never by the first 0; a sequence without EOS is L tokens long.
+never by the first 0; a sequence without EOS is L tokens long. (Scoring such a
+sequence as targets gives another number: there, 0 is hidden from attention.)
 
 Cache. A pytree in which every array has the examples at `cache_batch_axis` (0,
 or 1 where layers are scanned and stacked in front); leaves called `cache_index`
@@ -39,33 +40,26 @@ TokensToLogits = Callable[[Array, Cache], tuple[Array, Cache]]
 
 NEG_INF = -1e7  # T5X's; finite, so that masked scores never make a NaN
 MIN_TEMPERATURE = 1e-4  # at or below it, decoding is greedy (T5X)
-SHARED_LEAVES = ('cache_index',)
 
 
 def repeat_for_decodes(cache: Cache, num_decodes: int, axis: int = 0) -> Cache:
   """Gives each of B examples N rows: batch axis B -> B * N, copies adjacent."""
-
-  def repeat(array):
-    return jnp.repeat(array, num_decodes, axis=axis)
-
-  return _map_rows(repeat, cache)
+  return _map_rows(lambda x: jnp.repeat(x, num_decodes, axis=axis), cache)
 
 
 def gather_beams(
-    cache: Cache, parents: Int[Array, 'B N'], axis: int = 0
+  cache: Cache, parents: Int[Array, 'B N'], axis: int = 0
 ) -> Cache:
   """Row n of example b becomes a copy of that example's row parents[b, n]."""
   batch, num_decodes = parents.shape
 
-  # Gathers within an example: with the batch sharded over devices, no cache
-  # travels between them.
+  def pick(rows, index):
+    return jnp.take(rows, index, axis=axis, mode='clip')
+
+  # Within an example only: where examples are sharded, nothing is sent around.
   def gather(array):
     before, after = array.shape[:axis], array.shape[axis + 1 :]
     beams = array.reshape(*before, batch, num_decodes, *after)
-
-    def pick(rows, index):
-      return jnp.take(rows, index, axis=axis, mode='clip')
-
     beams = jax.vmap(pick, in_axes=(axis, 0), out_axes=axis)(beams, parents)
     return beams.reshape(array.shape)
 
@@ -73,7 +67,7 @@ def gather_beams(
 
 
 def restrict_logits(
-    logits: Float[Array, 'B V'], topk: int = 0, topp: float = 0.0
+  logits: Float[Array, 'B V'], topk: int = 0, topp: float = 0.0
 ) -> Float[Array, 'B V']:
   """Sets to NEG_INF what top-k or top-p sampling never draws.
 
@@ -94,29 +88,30 @@ def restrict_logits(
     ordered = -jnp.sort(-probs, axis=-1)
     mass_before = jnp.cumsum(ordered, axis=-1) - ordered
     smallest_kept = jnp.min(
-        jnp.where(mass_before < topp, ordered, 1.0), axis=-1, keepdims=True
+      jnp.where(mass_before < topp, ordered, 1.0), axis=-1, keepdims=True
     )
     logits = jnp.where(probs >= smallest_kept, logits, NEG_INF)
   return logits
 
 
 def temperature_sample(
-    inputs: Int[Array, 'B L'],
-    cache: Cache,
-    tokens_to_logits: TokensToLogits,
-    *,
-    eos_id: int = 1,
-    rng: Key[Array, ''] | UInt32[Array, '2'] | None = None,
-    num_decodes: int = 1,
-    temperature: float = 1.0,
-    topk: int = 1,
-    topp: float = 0.0,
-    rescale_log_probs: bool = True,
-    cache_batch_axis: int = 0,
+  inputs: Int[Array, 'B L'],
+  cache: Cache,
+  tokens_to_logits: TokensToLogits,
+  *,
+  eos_id: int = 1,
+  rng: Key[Array, ''] | UInt32[Array, '2'] | None = None,
+  num_decodes: int = 1,
+  temperature: float = 1.0,
+  topk: int = 1,
+  topp: float = 0.0,
+  rescale_log_probs: bool = True,
+  cache_batch_axis: int = 0,
 ) -> tuple[Int[Array, 'B N L'], Float[Array, 'B N']]:
   """Samples N sequences per example, independently; greedy by default.
 
-  Names, defaults and results are those of T5X's `temperature_sample`.
+  Names, defaults and results are those of T5X's `temperature_sample`; the
+  settings are Python numbers, fixed when the function is compiled.
 
   Args:
     inputs: start id and forced prefix, see the module.
@@ -141,20 +136,19 @@ def temperature_sample(
   """
   _check_sampling(num_decodes, temperature, topk, topp)
   batch, length = inputs.shape
-  rows = batch * num_decodes
   inputs = jnp.repeat(inputs, num_decodes, axis=0)
   forced = _forced_tokens(inputs, eos_id)
 
-  def draw(logits, key):  # -> ids [rows], their log-probabilities [rows]
-    if temperature > MIN_TEMPERATURE:
+  def draw(logits, key):  # -> ids [B * N], their log-probabilities [B * N]
+    if temperature <= MIN_TEMPERATURE:
+      ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      if rescale_log_probs:
+        return ids, jnp.zeros(ids.shape, jnp.float32)
+    else:
       scaled = restrict_logits(logits / temperature, topk, topp)
       ids = jax.random.categorical(key, scaled).astype(jnp.int32)
-    else:
-      ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-      scaled = restrict_logits(logits, topk=1)
-      if rescale_log_probs:
-        return ids, jnp.zeros((rows,), jnp.float32)
-    log_probs = jax.nn.log_softmax(scaled if rescale_log_probs else logits)
+      logits = scaled if rescale_log_probs else logits
+    log_probs = jax.nn.log_softmax(logits)
     return ids, jnp.take_along_axis(log_probs, ids[:, None], axis=-1)[:, 0]
 
   def unfinished(state: _Samples):
@@ -164,32 +158,32 @@ def temperature_sample(
     logits, cache = tokens_to_logits(state.last[:, None], state.cache)
     now, later = jax.random.split(state.rng)
     drawn, log_probs = draw(logits.astype(jnp.float32), now)
-    must = _column(forced, state.step)
+    must = forced[:, state.step]
     free = (must == 0) & ~state.ended
     token = jnp.where(must == 0, drawn, must)
     token = jnp.where(state.ended, 0, token)
     return _Samples(
-        step=state.step + 1,
-        last=token,
-        sequences=_set_column(state.sequences, token, state.step),
-        scores=state.scores + jnp.where(free, log_probs, 0.0),
-        ended=state.ended | (token == eos_id),
-        rng=later,
-        cache=cache,
+      step=state.step + 1,
+      last=token,
+      sequences=state.sequences.at[:, state.step].set(token),
+      scores=state.scores + jnp.where(free, log_probs, 0.0),
+      ended=state.ended | (token == eos_id),
+      rng=later,
+      cache=cache,
     )
 
   final = lax.while_loop(
-      unfinished,
-      extend,
-      _Samples(
-          step=jnp.int32(0),
-          last=inputs[:, 0],
-          sequences=jnp.zeros((rows, length), jnp.int32),
-          scores=jnp.zeros((rows,), jnp.float32),
-          ended=jnp.zeros((rows,), jnp.bool_),
-          rng=jax.random.PRNGKey(0) if rng is None else rng,
-          cache=repeat_for_decodes(cache, num_decodes, cache_batch_axis),
-      ),
+    unfinished,
+    extend,
+    _Samples(
+      step=jnp.int32(0),
+      last=inputs[:, 0],
+      sequences=jnp.zeros(inputs.shape, jnp.int32),
+      scores=jnp.zeros(inputs.shape[:1], jnp.float32),
+      ended=jnp.zeros(inputs.shape[:1], jnp.bool_),
+      rng=jax.random.PRNGKey(0) if rng is None else rng,
+      cache=repeat_for_decodes(cache, num_decodes, cache_batch_axis),
+    ),
   )
   sequences = final.sequences.reshape(batch, num_decodes, length)
   scores = final.scores.reshape(batch, num_decodes)
@@ -198,14 +192,15 @@ def temperature_sample(
 
 
 def beam_search(
-    inputs: Int[Array, 'B L'],
-    cache: Cache,
-    tokens_to_logits: TokensToLogits,
-    *,
-    eos_id: int = 1,
-    num_decodes: int = 4,
-    alpha: float = 0.6,
-    cache_batch_axis: int = 0,
+  inputs: Int[Array, 'B L'],
+  cache: Cache,
+  tokens_to_logits: TokensToLogits,
+  *,
+  eos_id: int = 1,
+  rng: Key[Array, ''] | UInt32[Array, '2'] | None = None,
+  num_decodes: int = 4,
+  alpha: float = 0.6,
+  cache_batch_axis: int = 0,
 ) -> tuple[Int[Array, 'B N L'], Float[Array, 'B N']]:
   """Searches for the N best sequences that end within L tokens.
 
@@ -222,6 +217,7 @@ def beam_search(
     cache: of B rows.
     tokens_to_logits: one step of the decoder.
     eos_id: ends a sequence.
+    rng: not used; taken so that both searches are called alike.
     num_decodes: N.
     alpha: strength of the brevity penalty; 0 compares log-probabilities.
     cache_batch_axis: see the module.
@@ -234,10 +230,11 @@ def beam_search(
   Raises:
     UserError: for num_decodes < 1 or alpha < 0.
   """
+  del rng
   if num_decodes < 1 or alpha < 0:
     raise UserError(
-        'beam_search needs num_decodes >= 1 and alpha >= 0, got '
-        f'num_decodes={num_decodes}, alpha={alpha}'
+      'beam_search needs num_decodes >= 1 and alpha >= 0, got '
+      f'num_decodes={num_decodes}, alpha={alpha}'
     )
   batch, length = inputs.shape
   forced = _forced_tokens(inputs, eos_id)
@@ -263,13 +260,12 @@ def beam_search(
     scores, flat = lax.top_k(log_probs, 2 * num_decodes)  # best first
     parents, tokens = flat // vocab, flat % vocab  # [B, 2 N]
     # Inside the prefix all beams would be alike: one lives, with score 0.
-    must = _column(forced, state.step)[:, None]  # [B, 1]
+    must = forced[:, state.step, None]  # [B, 1]
     one_alive = jnp.where(jnp.arange(2 * num_decodes) == 0, 0.0, NEG_INF)
     scores = jnp.where(must == 0, scores, one_alive[None])
     tokens = jnp.where(must == 0, tokens, must)
-    sequences = _set_column(
-        _select(state.live, parents), tokens, state.step
-    )  # [B, 2 N, L]
+    sequences = _select(state.live, parents)  # [B, 2 N, L]
+    sequences = sequences.at[:, :, state.step].set(tokens)
 
     ends = tokens == eos_id
     alive = jnp.where(ends, scores + NEG_INF, scores)
@@ -277,46 +273,46 @@ def beam_search(
     parents = _select(parents, keep)
 
     done_scores = jnp.where(
-        ends, scores / penalty(state.step.astype(jnp.float32) + 1.0), NEG_INF
+      ends, scores / penalty(state.step.astype(jnp.float32) + 1.0), NEG_INF
     )
     done_scores = jnp.concatenate([state.done_scores, done_scores], axis=1)
     done = jnp.concatenate([state.done, sequences], axis=1)
     place = _best(done_scores, num_decodes)
     return _Beams(
-        step=state.step + 1,
-        last=_select(tokens, keep),
-        live=_select(sequences, keep),
-        live_scores=_select(alive, keep),
-        done=_select(done, place),
-        done_scores=_select(done_scores, place),
-        cache=gather_beams(cache, parents, cache_batch_axis),
+      step=state.step + 1,
+      last=_select(tokens, keep),
+      live=_select(sequences, keep),
+      live_scores=_select(alive, keep),
+      done=_select(done, place),
+      done_scores=_select(done_scores, place),
+      cache=gather_beams(cache, parents, cache_batch_axis),
     )
 
   # One live beam at the start, or all would find the same sequences.
   first_only = jnp.where(
-      jnp.arange(num_decodes) == num_decodes - 1, 0.0, NEG_INF
+    jnp.arange(num_decodes) == num_decodes - 1, 0.0, NEG_INF
   )
   nothing = jnp.zeros((batch, num_decodes, length), jnp.int32)
   final = lax.while_loop(
-      improvable,
-      extend,
-      _Beams(
-          step=jnp.int32(0),
-          last=jnp.repeat(inputs[:, :1], num_decodes, axis=1),
-          live=nothing,
-          live_scores=jnp.tile(first_only[None], (batch, 1)),
-          done=nothing,
-          done_scores=jnp.full((batch, num_decodes), NEG_INF),
-          cache=repeat_for_decodes(cache, num_decodes, cache_batch_axis),
-      ),
+    improvable,
+    extend,
+    _Beams(
+      step=jnp.int32(0),
+      last=jnp.repeat(inputs[:, :1], num_decodes, axis=1),
+      live=nothing,
+      live_scores=jnp.tile(first_only[None], (batch, 1)),
+      done=nothing,
+      done_scores=jnp.full((batch, num_decodes), NEG_INF),
+      cache=repeat_for_decodes(cache, num_decodes, cache_batch_axis),
+    ),
   )
   any_done = ~_empty(final.done_scores[:, -1:])  # [B, 1]
   sequences = jnp.where(any_done[:, :, None], final.done, final.live)
   scores = jnp.where(any_done, final.done_scores, final.live_scores)
   empty = _empty(scores)
   return (
-      jnp.where(empty[:, :, None], 0, sequences),
-      jnp.where(empty, NEG_INF, scores),
+    jnp.where(empty[:, :, None], 0, sequences),
+    jnp.where(empty, NEG_INF, scores),
   )
 
 
@@ -345,14 +341,14 @@ class _Beams(NamedTuple):
 def _check_sampling(num_decodes, temperature, topk, topp):
   if topk and topp:
     raise UserError(
-        f'at most one of topk and topp can be used, got topk={topk} (1 is the '
-        f'default) and topp={topp}: set the other one to 0'
+      f'at most one of topk and topp can be used, got topk={topk} (1 is the '
+      f'default) and topp={topp}: set the other one to 0'
     )
   if num_decodes < 1 or temperature < 0 or topk < 0 or not 0 <= topp <= 1:
     raise UserError(
-        'temperature_sample needs num_decodes >= 1, temperature >= 0, topk >= 0'
-        f' and 0 <= topp <= 1, got num_decodes={num_decodes}, '
-        f'temperature={temperature}, topk={topk}, topp={topp}'
+      'temperature_sample needs num_decodes >= 1, temperature >= 0, topk >= 0'
+      f' and 0 <= topp <= 1, got num_decodes={num_decodes}, '
+      f'temperature={temperature}, topk={topk}, topp={topp}'
     )
 
 
@@ -367,8 +363,7 @@ def _map_rows(fn, cache: Cache) -> Cache:
   """Applies `fn` to the arrays that have rows."""
 
   def visit(path, array):
-    names = [getattr(key, 'key', None) for key in path]
-    shared = any(name in SHARED_LEAVES for name in names)
+    shared = any(getattr(k, 'key', None) == 'cache_index' for k in path)
     return array if shared or jnp.ndim(array) == 0 else fn(array)
 
   return jax.tree_util.tree_map_with_path(visit, cache)
@@ -387,14 +382,3 @@ def _best(scores: Float[Array, 'B M'], count: int) -> Int[Array, 'B N']:
 def _select(array, index: Int[Array, 'B N']):
   """array[b, index[b, n]]: [B, M, ...] -> [B, N, ...]."""
   return jax.vmap(lambda row, i: row[i])(array, index)
-
-
-def _column(array: Int[Array, 'B L'], step) -> Int[Array, 'B']:
-  return lax.dynamic_index_in_dim(array, step, axis=1, keepdims=False)
-
-
-def _set_column(sequences, tokens, step):
-  """Writes tokens [...] at position `step` of sequences [..., L]."""
-  return lax.dynamic_update_slice_in_dim(
-      sequences, tokens[..., None], step, axis=-1
-  )

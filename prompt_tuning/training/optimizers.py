@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
 
 from prompt_tuning.errors import UserError
 
@@ -26,7 +26,10 @@ Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
 # puts them second) and the prompts of a table [K, P, E]. Whatever Adafactor
 # averages, it averages within one of them: a scanned model is trained as an
 # unrolled one, and K prompts together as each of them alone.
-STACKED_AXES = {r'(^|/)layers/': 1, r'(^|/)prompt/table$': 0}
+STACKED_AXES = {
+  r'(^|/)(encoder/encoder|decoder/decoder)/': 1,
+  r'(^|/)prompt/table$': 0,
+}
 
 
 class AdafactorState(NamedTuple):
@@ -128,15 +131,16 @@ def adafactor(
     row, column = sorted(averaged, key=lambda axis: shape[axis])
     return _Layout(averaged, row, column)
 
-  def init_moments(path: str, param: Array) -> dict[str, Array]:
+  def init_moments(path, param):
     layout = layout_of(path, param.shape)
     if layout.row is None:
       moments = {'v': jnp.zeros(param.shape, jnp.float32)}
     else:
-      without = lambda axis: np.delete(param.shape, axis)
+      row_shape = np.delete(param.shape, layout.column)
+      column_shape = np.delete(param.shape, layout.row)
       moments = {
-        'v_row': jnp.zeros(without(layout.column), jnp.float32),
-        'v_col': jnp.zeros(without(layout.row), jnp.float32),
+        'v_row': jnp.zeros(row_shape, jnp.float32),
+        'v_col': jnp.zeros(column_shape, jnp.float32),
       }
     if beta1 is not None:
       moments['m'] = jnp.zeros(param.shape, dtype_momentum)
@@ -152,7 +156,10 @@ def adafactor(
     layout = layout_of(path, param.shape)
     old = param.astype(jnp.float32)
     grad = grad.astype(jnp.float32)
-    mean = lambda x: jnp.mean(x, axis=layout.averaged, keepdims=True)
+
+    def rms(x):
+      square = jnp.mean(x * x, axis=layout.averaged, keepdims=True)
+      return jnp.sqrt(square)
 
     # `mix` is not t^-decay_rate: next to 1 float32 rounds it, as T5X does.
     mix = 1.0 - decay
@@ -171,10 +178,9 @@ def adafactor(
       step = grad * (v_row / row_mean) ** -0.5 * v_col**-0.5
 
     if clipping_threshold is not None:
-      rms = jnp.sqrt(mean(step * step))
-      step = step / jnp.maximum(1.0, rms / clipping_threshold)
+      step = step / jnp.maximum(1.0, rms(step) / clipping_threshold)
     if multiply_by_parameter_scale:
-      scale = jnp.maximum(jnp.sqrt(mean(old * old)), epsilon2)
+      scale = jnp.maximum(rms(old), epsilon2)
       if max_parameter_scale is not None:
         scale = jnp.minimum(scale, max_parameter_scale)
       rate = rate * scale
@@ -343,12 +349,9 @@ def build_optimizer(
     UserError: if `optimizer_fn` does not take `learning_rate`.
   """
   parameters = inspect.signature(optimizer_fn).parameters
-  takes = lambda name: (
-    name in parameters
-    or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-  )
-  name = getattr(optimizer_fn, '__name__', repr(optimizer_fn))
-  if not takes('learning_rate'):
+  open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+  if 'learning_rate' not in parameters and not open_ended:
+    name = getattr(optimizer_fn, '__name__', repr(optimizer_fn))
     raise UserError(
       f'optimizer {name} takes no learning_rate; give a function such as '
       'adafactor or optax.adamw'

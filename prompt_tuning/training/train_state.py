@@ -10,7 +10,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 
 @flax.struct.dataclass
@@ -25,7 +24,8 @@ class TrainState:
     opt_state: the optimiser's state for `trainable`.
   """
 
-  step: Int[Array, '']
+  # Unchecked types: a state of shapes or of shardings has this class as well.
+  step: Any
   trainable: Any
   opt_state: Any
 

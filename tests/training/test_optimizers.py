@@ -10,11 +10,9 @@ import optax
 import pytest
 
 from prompt_tuning.errors import UserError
-from prompt_tuning.training.optimizers import (
-  adafactor,
-  build_optimizer,
-  create_learning_rate_scheduler,
-)
+from prompt_tuning.training.optimizers import adafactor
+from prompt_tuning.training.optimizers import build_optimizer
+from prompt_tuning.training.optimizers import create_learning_rate_scheduler
 
 
 def run(optimizer, params, grads_per_step):
@@ -171,11 +169,11 @@ def test_factored_second_moment_is_the_outer_product_of_means():
     ('norm/scale', (512,), {'v': (512,)}),
     ('relpos_bias/rel_embedding', (12, 32), {'v': (12, 32)}),
     (
-      'encoder/layers/wi/kernel',
+      'encoder/encoder/wi/kernel',
       (256, 12, 512),
       {'v_row': (256, 12), 'v_col': (12, 512)},
     ),
-    ('encoder/layers/norm/scale', (256, 130), {'v': (256, 130)}),
+    ('decoder/decoder/norm/scale', (256, 130), {'v': (256, 130)}),
   ],
 )
 def test_matrices_with_two_large_dimensions_are_factored(path, shape, moments):
@@ -214,23 +212,34 @@ def test_prompts_of_a_table_train_as_each_would_alone():
     )
 
 
+def layer_of(tree, layer):
+  one = {name: x[:, layer] for name, x in tree.items()}
+  return {'encoder': {f'layers_{layer}': one}}
+
+
 def test_scanned_layers_train_as_unrolled_ones():
   rng = np.random.default_rng(5)
   shapes = {'kernel': (8, 2, 5), 'scale': (8, 2)}
-  draw = lambda: {
-    k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
-  }
+
+  def draw():
+    return {
+      k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
+    }
+
   params, grads = draw(), [draw() for _ in range(3)]
   opt = adafactor(0.1, min_dim_size_to_factor=5)
-  wrap = lambda tree: {'encoder': {'layers': tree}}
-  scanned, _ = run(opt, wrap(params), [wrap(g) for g in grads])
+  scanned, _ = run(
+    opt,
+    {'encoder': {'encoder': params}},
+    [{'encoder': {'encoder': g}} for g in grads],
+  )
   for layer in range(2):
-    take = lambda tree: {k: x[:, layer] for k, x in tree.items()}
-    wrap_one = lambda tree: {'encoder': {f'layers_{layer}': take(tree)}}
-    alone, _ = run(opt, wrap_one(params), [wrap_one(g) for g in grads])
+    alone, _ = run(
+      opt, layer_of(params, layer), [layer_of(g, layer) for g in grads]
+    )
     for name in shapes:
       np.testing.assert_allclose(
-        scanned[-1]['encoder']['layers'][name][:, layer],
+        scanned[-1]['encoder']['encoder'][name][:, layer],
         alone[-1]['encoder'][f'layers_{layer}'][name],
         rtol=1e-6,
         atol=1e-6,
@@ -304,7 +313,9 @@ def test_unknown_factor_is_named():
 
 
 def test_other_optimisers_see_the_schedule_of_the_base_s_step():
-  linear = lambda step: jnp.asarray(step, jnp.float32)
+  def linear(step):
+    return jnp.asarray(step, jnp.float32)
+
   opt = build_optimizer(optax.sgd, linear, initial_step=100)
   history, _ = run(opt, jnp.zeros(()), [jnp.ones(())] * 2)
   np.testing.assert_allclose(history, [-100.0, -201.0])
@@ -336,6 +347,10 @@ def test_schedules_equal_t5x_s(shared_dir):
     )
 
 
+def as_table(prompt):
+  return {'prompt': {'table': jnp.asarray(prompt)[None]}}
+
+
 def hyper_parameters(record):
   return {k: v for k, v in record.items() if k != 'learning_rate'}
 
@@ -360,10 +375,9 @@ def test_prompt_trace_equals_t5x_s(shared_dir, case):
     initial_step=start,
     **hyper_parameters(record['hyper_params']),
   )
-  wrap = lambda x: {'prompt': {'table': jnp.asarray(x)[None]}}
   update = optax.GradientTransformation(opt.init, jax.jit(opt.update))
   history, state = run(
-    update, wrap(data['param0']), [wrap(g) for g in data['grads']]
+    update, as_table(data['param0']), [as_table(g) for g in data['grads']]
   )
   for after, want in zip(history, data[f'{case}/params']):
     assert_as_t5x(after['prompt']['table'][0], want)
@@ -382,9 +396,8 @@ def test_factored_long_prompt_equals_t5x_s(shared_dir):
     multiply_by_parameter_scale=False,
     weight_decay_rate=1e-5,
   )
-  wrap = lambda x: {'prompt': {'table': jnp.asarray(x)[None]}}
   history, state = run(
-    opt, wrap(data['param0']), [wrap(g) for g in data['grads']]
+    opt, as_table(data['param0']), [as_table(g) for g in data['grads']]
   )
   for after, want in zip(history, data['params']):
     assert_as_t5x(after['prompt']['table'][0], want)
@@ -397,13 +410,13 @@ def test_factored_long_prompt_equals_t5x_s(shared_dir):
 def test_model_tuning_trace_equals_t5x_s(shared_dir, case, start):
   path = shared_dir / 'golden/03_optimizer/model_tuning_adafactor.npz'
   data = np.load(path)
-  at = lambda prefix, *index: {
-    k: jnp.asarray(data[f'{prefix}/{k}'][index]) for k in ('w', 'scale')
-  }
+  names = ('w', 'scale')
+  params = {k: jnp.asarray(data[f'param0/{k}']) for k in names}
+  grads = [
+    {k: jnp.asarray(data[f'grads/{k}'][i]) for k in names} for i in range(5)
+  ]
   opt = adafactor(0.001, initial_step=start)
-  history, state = run(
-    opt, at('param0', ...), [at('grads', i) for i in range(5)]
-  )
+  history, state = run(opt, params, grads)
   for i, after in enumerate(history):
     assert_as_t5x(after['scale'], data[f'{case}/scale/params'][i])
   assert_as_t5x(history[0]['w'], data[f'{case}/w/params'][0])

@@ -1,0 +1,339 @@
+"""Training batches from a seqio task or mixture.
+
+seqio and TensorFlow are imported by the functions, not by this module, so that
+a configuration naming a task costs nothing until its data is read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import typing
+
+from jaxtyping import Int
+import numpy as np
+
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.vocabularies import load_vocabulary
+from prompt_tuning.errors import UserError
+
+if typing.TYPE_CHECKING:
+  import seqio
+
+# Importing one of these registers its tasks.
+TASK_MODULES = ('prompt_tuning.data.bbc',)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+  """A seqio task or mixture as an endless stream of training batches.
+
+  Attributes:
+    mixture_or_task_name: a registered name.
+    task_feature_lengths: {'inputs': ids of text per example, 'targets': ...},
+      EOS included, virtual tokens not.
+    batch_size: rows of a batch over all shards.
+    split: the task's split to read.
+    pack: several examples in one row.
+    vocabulary: path or name of a vocabulary to use instead of the task's own.
+    modules: Python modules that register further tasks when imported.
+    prompt_indices: which prompt of the table each task's examples get,
+      {task name: index}; None gives all of them prompt 0, or that of their own
+      feature `prompt_index`.
+    shuffle: whether examples come in a random order (drawn from the seed).
+    shard_index: the part of the data this process reads.
+    num_shards: how many processes share the data.
+  """
+
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  batch_size: int
+  split: str = 'train'
+  pack: bool = False
+  vocabulary: str | None = None
+  modules: Sequence[str] = ()
+  prompt_indices: Mapping[str, int] | None = None
+  shuffle: bool = True
+  shard_index: int = 0
+  num_shards: int = 1
+
+  def task(self) -> 'seqio.Task | seqio.Mixture':
+    """The task or mixture, with this vocabulary and these prompt indices."""
+    return get_task(
+      self.mixture_or_task_name,
+      vocabulary=self.vocabulary,
+      modules=self.modules,
+      prompt_indices=self.prompt_indices,
+    )
+
+  def class_labels(self) -> list[str] | None:
+    """The labels of a classification task, in the order of their ids."""
+    return class_labels(self.task())
+
+  def batches(
+    self, *, virtual_tokens: VirtualTokens | None, seed: int, start: int = 0
+  ) -> Iterator[dict[str, Int[np.ndarray, 'B length']]]:
+    """The batches from number `start` on, without end.
+
+    The order is seqio's for this seed, epoch after epoch, so batch i is a
+    function of (seed, i). A resumed run reads and drops what the earlier one
+    consumed: seqio's shuffling and random preprocessors have no other way to
+    the same state, and examples are dropped before they are converted.
+
+    Raises:
+      UserError: for an unknown task or split, missing lengths, a data set that
+        has no examples or cannot be read. Raised here, not at the first batch.
+    """
+    import seqio
+
+    from prompt_tuning.data import feature_converter
+
+    if self.batch_size % self.num_shards:
+      raise UserError(
+        f'batch_size must be a multiple of the {self.num_shards} processes '
+        f'that share the data, got {self.batch_size}'
+      )
+    task = self.task()
+    lengths = check_task(
+      task, self.split, self.task_feature_lengths, virtual_tokens
+    )
+    options = {
+      'sequence_length': lengths,
+      'split': self.split,
+      'shuffle': self.shuffle,
+      'seed': seed,
+      'num_epochs': None,
+      # A cache would keep the first epoch's order of a source that shuffles.
+      'try_in_mem_cache': not any(
+        part.source.performs_internal_shuffling
+        for part in seqio.get_subtasks(task)
+      ),
+    }
+    if self.num_shards > 1:
+      options['shard_info'] = seqio.ShardInfo(
+        index=self.shard_index, num_shards=self.num_shards
+      )
+    if isinstance(task, seqio.Mixture):  # drops what it does not know
+      options['passthrough_features'] = (feature_converter.PROMPT_INDEX,)
+    converter = feature_converter.VirtualTokensFeatureConverter(
+      virtual_tokens, pack=self.pack
+    )
+    rows = self.batch_size // self.num_shards
+    with reading(task, self.split):
+      dataset = task.get_dataset(**options)
+      if not self.pack:
+        dataset = dataset.skip(start * rows)
+      dataset = converter(dataset, lengths)
+      dataset = dataset.batch(rows, drop_remainder=True)
+      if self.pack:
+        # How many examples a packed row takes depends on their lengths.
+        dataset = dataset.skip(start)
+      dataset = dataset.prefetch(2)
+    return self._read(dataset, task)
+
+  def _read(self, dataset, task):
+    with reading(task, self.split):
+      yield from dataset.as_numpy_iterator()
+
+
+def get_task(
+  name: str,
+  vocabulary: str | None = None,
+  modules: Sequence[str] = (),
+  prompt_indices: Mapping[str, int] | None = None,
+) -> 'seqio.Task | seqio.Mixture':
+  """A registered task or mixture, with another vocabulary if one is named.
+
+  What is registered stays as it is: a task with another vocabulary is a new
+  object of the same name, source, preprocessors and metrics.
+
+  Args:
+    name: of a task or mixture of seqio's registries.
+    vocabulary: a path or name for `vocabularies.load_vocabulary`.
+    modules: imported first, since importing them registers tasks.
+    prompt_indices: see `TaskData`.
+
+  Raises:
+    UserError: if there is no such task, module or vocabulary, or if
+      prompt_indices leaves out a task of the mixture.
+  """
+  import seqio
+
+  _import_task_modules((*TASK_MODULES, *modules))
+  names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if name not in names:
+    near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.4)
+    hint = f'nearest: {", ".join(near)}' if near else 'none is near'
+    raise UserError(
+      f'no task or mixture is called {name!r} ({hint}); a module that'
+      ' registers more can be named in modules'
+    )
+  found = seqio.get_mixture_or_task(name)
+  if vocabulary is None and prompt_indices is None:
+    return found
+  if isinstance(found, seqio.Task):
+    return _with_changes(found, vocabulary, prompt_indices)
+  return seqio.Mixture(
+    found.name,
+    # `tasks` and `get_rate` are those of nested mixtures too.
+    [
+      (_with_changes(task, vocabulary, prompt_indices), found.get_rate(task))
+      for task in found.tasks
+    ],
+    sample_fn=found._sample_fn,  # has no public name
+  )
+
+
+def _import_task_modules(modules: Sequence[str]) -> None:
+  for module in modules:
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as error:
+      if error.name and module.startswith(error.name):
+        raise UserError(
+          f'modules names {module!r}, which is not installed and not in this'
+          ' folder'
+        ) from error
+      raise
+
+
+def _with_changes(
+  task: 'seqio.Task',
+  vocabulary: str | None,
+  prompt_indices: Mapping[str, int] | None,
+) -> 'seqio.Task':
+  import seqio
+  import tensorflow as tf
+
+  from prompt_tuning.data.feature_converter import PROMPT_INDEX
+
+  changes = {}
+  if vocabulary is not None:
+    replacement = load_vocabulary(vocabulary).seqio()
+    changes['output_features'] = {
+      key: feature
+      # These are ids or numbers already; no vocabulary made them.
+      if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
+      else dataclasses.replace(feature, vocabulary=replacement)
+      for key, feature in task.output_features.items()
+    }
+  if prompt_indices is not None:
+    if task.name not in prompt_indices:
+      raise UserError(
+        f'prompt_indices needs an index for task {task.name!r}, '
+        f'got {dict(prompt_indices)}'
+      )
+    index = prompt_indices[task.name]
+
+    def choose_prompt(dataset):
+      return dataset.map(
+        lambda example: {**example, PROMPT_INDEX: tf.constant(index, tf.int32)}
+      )
+
+    changes['preprocessors'] = [*task.preprocessors, choose_prompt]
+  return task.replace(**changes)
+
+
+def check_task(
+  task: 'seqio.Task | seqio.Mixture',
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+  virtual_tokens: VirtualTokens | None = None,
+) -> dict[str, int]:
+  """Finds what is wrong with a task's data before a run starts.
+
+  Returns:
+    The lengths as plain ints.
+
+  Raises:
+    UserError: if a length is missing or unknown, the task is not one of text to
+      text or has ids that stand for virtual tokens, the split does not exist,
+      has no examples or cannot be read.
+  """
+  import seqio
+
+  for name in ('inputs', 'targets'):
+    if name not in task.output_features:
+      raise UserError(
+        f'an encoder-decoder needs the features inputs and targets, task'
+        f' {task.name} has {", ".join(task.output_features)}'
+      )
+  for name in ('inputs', 'targets'):
+    if name not in task_feature_lengths:
+      raise UserError(
+        f'TASK_FEATURE_LENGTHS needs a length for {name!r}, '
+        f'got {dict(task_feature_lengths)}'
+      )
+  for name, length in task_feature_lengths.items():
+    if name not in ('inputs', 'targets'):
+      raise UserError(
+        f'TASK_FEATURE_LENGTHS takes inputs and targets, got also {name!r}'
+      )
+    if int(length) != length or length < 1:
+      raise UserError(
+        f'TASK_FEATURE_LENGTHS[{name!r}] must be an integer of 1 or more, '
+        f'got {length!r}'
+      )
+  with reading(task, split):
+    size = task.output_features['inputs'].vocabulary.vocab_size
+  if virtual_tokens is not None and size > virtual_tokens.first_id:
+    raise UserError(
+      f'the vocabulary of task {task.name} has {size} pieces, the model'
+      f' {virtual_tokens.first_id} rows; give the vocabulary of the model'
+    )
+  if split not in task.splits:
+    raise UserError(
+      f'task {task.name} has no split {split!r}; '
+      f'it has {", ".join(sorted(task.splits))}'
+    )
+  lengths = {name: int(length) for name, length in task_feature_lengths.items()}
+  for part in seqio.get_subtasks(task):
+    if split not in part.splits:  # a mixture leaves such a task out
+      continue
+    with reading(part, split):
+      first = part.get_dataset(
+        sequence_length=lengths, split=split, shuffle=False, num_epochs=1
+      ).take(1)
+      # seqio repeats the data before it filters them: a task without examples
+      # would be an endless loop, not an end.
+      if not list(first.as_numpy_iterator()):
+        raise UserError(
+          f'task {part.name} has no examples in split {split!r}; look at its'
+          ' files and filters'
+        )
+  return lengths
+
+
+@contextlib.contextmanager
+def reading(task: 'seqio.Task | seqio.Mixture', split: str):
+  """Makes a file that cannot be read a fault of the input, in one line."""
+  import tensorflow as tf
+
+  try:
+    yield
+  except (
+    OSError,
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.DataLossError,
+  ) as error:
+    first_line = str(error).strip().split('\n')[0]
+    raise UserError(
+      f'task {task.name}, split {split!r}: the data cannot be read: '
+      f'{first_line}'
+    ) from error
+
+
+def class_labels(task: 'seqio.Task | seqio.Mixture') -> list[str] | None:
+  """The labels of a classification task, None if it is none.
+
+  They are those of its postprocessor (see `postprocessors.LabelToId`). A
+  mixture has its tasks' labels, each once.
+  """
+  import seqio
+
+  labels = {}
+  for part in seqio.get_subtasks(task):
+    labels.update(dict.fromkeys(getattr(part.postprocessor, 'labels', ())))
+  return list(labels) or None

@@ -1,0 +1,175 @@
+"""SentencePiece vocabularies as T5 has them: pad 0, EOS 1, sentinels on top.
+
+TensorFlow is not needed here: `Vocabulary` encodes and decodes with the
+sentencepiece package; `Vocabulary.seqio()` builds seqio's own (which imports
+TensorFlow) for the task pipelines. Both give the same ids.
+"""
+
+from collections.abc import Iterable
+import functools
+import hashlib
+import pathlib
+
+import sentencepiece
+
+from prompt_tuning.errors import UserError
+
+PAD_ID = 0
+EOS_ID = 1
+UNK_ID = 2
+EXTRA_IDS = 100
+
+_BUNDLED = pathlib.Path(__file__).resolve().parent.parent / 'bundled'
+_MODEL_FILE = 'spiece.model'
+
+
+def _sentinel_piece(number: int) -> bytes:
+  """A serialised `pieces` entry of SentencePiece's ModelProto.
+
+  Fields (sentencepiece_model.proto): pieces = 1, in it piece = 1, score = 2,
+  type = 3, where type 4 is USER_DEFINED: matched in the text before all else.
+  """
+  piece = f'▁<extra_id_{number}>'.encode()
+  body = b'\x0a' + bytes([len(piece)]) + piece
+  body += b'\x15\x00\x00\x00\x00' + b'\x18\x04'
+  return b'\x0a' + bytes([len(body)]) + body
+
+
+class Vocabulary:
+  """A SentencePiece model plus T5's sentinels <extra_id_N> at its end.
+
+  Attributes:
+    path: the model file.
+    size: number of ids, sentinels included; the embedding table has at least
+      as many rows.
+    extra_ids: number of sentinels. <extra_id_0> is id size - 1, counting down.
+  """
+
+  pad_id = PAD_ID
+  eos_id = EOS_ID
+  unk_id = UNK_ID
+
+  def __init__(self, path: str | pathlib.Path, extra_ids: int = EXTRA_IDS):
+    """Reads the model; UserError where the file is missing or no such model."""
+    self.path = str(path)
+    self.extra_ids = extra_ids
+    try:
+      serialised = pathlib.Path(path).read_bytes()
+    except OSError as error:
+      raise UserError(
+        f'a SentencePiece model is required, {path} cannot be read '
+        f'({error.strerror}); give the path of a spiece.model'
+      ) from None
+    self.digest = hashlib.sha256(serialised).hexdigest()
+    # Concatenated protocol buffers merge: the sentinels follow the pieces. In
+    # descending order, so that <extra_id_0> gets the last id, as in T5.
+    serialised += b''.join(map(_sentinel_piece, reversed(range(extra_ids))))
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(
+        model_proto=serialised
+      )
+      self.size = self._processor.GetPieceSize()
+    except (RuntimeError, OSError):
+      self.size = 0
+    if self.size <= extra_ids:
+      raise UserError(
+        f'a SentencePiece model is required, {path} is not one; give the path '
+        'of a spiece.model'
+      )
+    found = {
+      'pad': self._processor.pad_id(),
+      'EOS': self._processor.eos_id(),
+      'unknown': self._processor.unk_id(),
+    }
+    if list(found.values()) != [PAD_ID, EOS_ID, UNK_ID]:
+      raise UserError(
+        f"T5's vocabularies have pad {PAD_ID}, EOS {EOS_ID} and unknown "
+        f'{UNK_ID}, {path} has {found}; train one with --pad_id=0 --eos_id=1 '
+        '--unk_id=2'
+      )
+
+  def __reduce__(self):
+    return (type(self), (self.path, self.extra_ids))
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, without EOS."""
+    return self._processor.EncodeAsIds(text)
+
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+    """Ids of many texts, without EOS; faster than one by one."""
+    return self._processor.EncodeAsIds(list(texts))
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of ids up to the first EOS.
+
+    Padding and ids outside the vocabulary (virtual tokens, rows that only
+    round the embedding table up) are dropped: they never reach the
+    detokeniser.
+    """
+    kept = []
+    for token in ids:
+      token = int(token)
+      if token == EOS_ID:
+        break
+      if PAD_ID < token < self.size:
+        kept.append(token)
+    return self._processor.DecodeIds(kept)
+
+  def sentinel(self, number: int) -> int:
+    """Id of <extra_id_number>."""
+    if not 0 <= number < self.extra_ids:
+      raise UserError(
+        f'the vocabulary {self.path} has {self.extra_ids} sentinels, counted '
+        f'from 0, sentinel {number} was asked for'
+      )
+    return self.size - 1 - number
+
+  def piece(self, token: int) -> str:
+    """The piece of an id, as SentencePiece writes it (▁ for a space)."""
+    if not 0 <= token < self.size:
+      raise UserError(
+        f'the vocabulary {self.path} has {self.size} ids, id {token} was '
+        'asked for'
+      )
+    return self._processor.IdToPiece(int(token))
+
+  def seqio(self):
+    """The same vocabulary for seqio tasks; imports seqio and TensorFlow."""
+    import seqio
+
+    return seqio.SentencePieceVocabulary(self.path, self.extra_ids)
+
+
+def bundled_vocabularies() -> list[str]:
+  """Names of the vocabularies that the package brings."""
+  return sorted(file.parent.name for file in _BUNDLED.glob(f'*/{_MODEL_FILE}'))
+
+
+def load_vocabulary(
+  path: str | pathlib.Path, extra_ids: int = EXTRA_IDS
+) -> Vocabulary:
+  """The vocabulary of a model file, a folder with one, or a bundled name.
+
+  Args:
+    path: a SentencePiece model; a folder that holds a spiece.model; or the
+      name of a bundled vocabulary, such as 't5_1_1_mini'.
+    extra_ids: number of sentinels to add (T5 and mT5: 100).
+  """
+  given = pathlib.Path(path)
+  bundled = _BUNDLED / str(path) / _MODEL_FILE
+  if given.is_file():
+    return _load(str(given.resolve()), extra_ids)
+  if (given / _MODEL_FILE).is_file():
+    return _load(str((given / _MODEL_FILE).resolve()), extra_ids)
+  if bundled.is_file():
+    return _load(str(bundled), extra_ids)
+  names = ', '.join(bundled_vocabularies()) or 'none'
+  raise UserError(
+    f'vocabulary {path!s} is neither a SentencePiece model file nor a bundled '
+    f'name (bundled: {names}); give the path of a spiece.model'
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: str, extra_ids: int) -> Vocabulary:
+  return Vocabulary(path, extra_ids)

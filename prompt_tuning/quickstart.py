@@ -1,0 +1,255 @@
+"""The first run: a prompt for BBC News topics on the bundled model.
+
+Tunes a prompt on the training split, scores it on the test split beside the
+majority class and the model without a prompt, writes a plot of the curves, and
+classifies what you type. Each step prints the command that does the same.
+
+  ./scripts/quickstart.sh [--output_dir=DIR] [--seed=N] [--model_tuning]
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+import sys
+import time
+
+from prompt_tuning import configuration
+from prompt_tuning import export
+from prompt_tuning import train
+from prompt_tuning.errors import UserError
+
+MODEL = [
+  '--gin_file=models/t5_1_1_mini.gin',
+  "--gin.INITIAL_CHECKPOINT_PATH='t5_1_1_mini'",
+  "--gin.VOCABULARY='t5_1_1_mini'",
+]
+TASK = ['--gin_file=tasks/bbc_topics.gin']
+SENTENCES = (
+  'The striker scored twice as the home side won the cup final.',
+  'Shares fell after the bank reported a loss for the third quarter.',
+  'The new phone runs the latest software and connects to the internet.',
+)
+
+
+def command(name: str, flags: Sequence[str]) -> str:
+  """The shell's spelling of one of our commands."""
+  quoted = [f'"{flag}"' if "'" in flag else flag for flag in flags]
+  return ' \\\n    '.join([f'prompt-tuning {name}', *quoted])
+
+
+def tune(run_file: str, flags: Sequence[str], model_dir: pathlib.Path) -> float:
+  """Trains by a run file; returns the seconds it took."""
+  arguments = [
+    *MODEL,
+    *TASK,
+    f'--gin_file=runs/{run_file}',
+    *flags,
+    f"--gin.MODEL_DIR='{model_dir}'",
+  ]
+  print(f'\n$ {command("train", arguments)}\n', flush=True)
+  start = time.monotonic()
+  if train.main(arguments):
+    raise SystemExit(1)
+  return time.monotonic() - start
+
+
+def score(
+  output_dir: pathlib.Path,
+  prompt: str | None = None,
+  base: str | None = None,
+  rank: bool = False,
+) -> float:
+  """Accuracy, in percent, on the task's test split."""
+  flags = [
+    *MODEL,
+    *TASK,
+    '--gin_file=runs/eval.gin',
+    f'--gin.PROMPT_FILE={prompt!r}',
+    f"--gin.EVAL_OUTPUT_DIR='{output_dir}'",
+    "--gin.Evaluation.split='test'",
+    f'--gin.Evaluation.rank_classification={rank}',
+  ]
+  if base is not None:
+    flags[1] = f"--gin.INITIAL_CHECKPOINT_PATH='{base}'"
+  evaluate = configuration.configure(
+    'evaluate', configuration.parse_flags(flags)
+  )
+  return evaluate()['bbc_topics/accuracy']
+
+
+def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
+  """Loss and accuracy against steps, of each run's metrics.jsonl."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+  for name, model_dir in runs.items():
+    lines = [
+      json.loads(line)
+      for line in (model_dir / 'metrics.jsonl').read_text().splitlines()
+    ]
+    first = min(line['step'] for line in lines if line['split'] == 'train')
+    for axis, split, key in (
+      (left, 'train', 'loss_per_token'),
+      (right, 'eval', 'bbc_topics/accuracy'),
+    ):
+      points = [
+        (line['step'], line[key]) for line in lines if line['split'] == split
+      ]
+      steps = [step - first for step, _ in points]
+      axis.plot(steps, [value for _, value in points], label=name)
+  left.set(xlabel='step', ylabel='training loss, nats per token')
+  right.set(xlabel='step', ylabel='validation accuracy, %', ylim=(0, 100))
+  for axis in (left, right):
+    axis.grid(alpha=0.3)
+    axis.legend()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def classify(model_dir: pathlib.Path) -> None:
+  """Labels what is typed, or three sentences where nobody types."""
+  from prompt_tuning.data.bbc import LABELS
+  from prompt_tuning.data.vocabularies import load_vocabulary
+  from prompt_tuning.interop.base_checkpoints import load_checkpoint
+  from prompt_tuning.interop.prompts import load_prompt
+  from prompt_tuning.training import inference
+
+  flags = configuration.parse_flags([*MODEL[:1]])
+  model = configuration.configure('EncoderDecoderModel', flags)()
+  variables, virtual_tokens = inference.load_variables(
+    model, load_checkpoint('t5_1_1_mini'), load_prompt(model_dir / 'prompt')
+  )
+  predictor = inference.Predictor(
+    model,
+    variables,
+    load_vocabulary('t5_1_1_mini'),
+    virtual_tokens,
+    labels=LABELS,
+    batch_size=1,
+  )
+
+  def show(sentence: str) -> None:
+    (record,) = predictor([f'article: {sentence}'])
+    print(f'  {record["prediction"]:<14} {sentence}')
+
+  print('\nThe exported prompt classifies:')
+  for sentence in SENTENCES:
+    show(sentence)
+  while sys.stdin.isatty():
+    try:
+      sentence = input('A sentence of your own (Enter to end): ').strip()
+    except EOFError:
+      break
+    if not sentence:
+      break
+    show(sentence)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog='quickstart', description=__doc__.partition('\n')[0]
+  )
+  parser.add_argument('--output_dir', default='outputs/quickstart')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument(
+    '--model_tuning',
+    action='store_true',
+    help='also tune the whole model, the upper bound',
+  )
+  options = parser.parse_args(arguments)
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  try:
+    return run(options)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+
+
+def run(options: argparse.Namespace) -> int:
+  from prompt_tuning.data import classification
+  from prompt_tuning.models import network
+  from prompt_tuning.training.loop import count_parameters
+
+  folder = pathlib.Path(options.output_dir)
+  model_dir = folder / f'prompt_seed{options.seed}'
+  runs = {'prompt tuning': model_dir}
+  seconds = tune(
+    'prompt_tune.gin',
+    [
+      '--gin_file=prompts/class_labels.gin',
+      f'--gin.TRAIN_STEPS_RELATIVE={options.steps}',
+      "--gin.train.best_metric='bbc_topics/accuracy'",
+      '--gin.train.eval_period=100',
+      f'--gin.train.seed={options.seed}',
+    ],
+    model_dir,
+  )
+  _, metadata = _load_prompt(model_dir)
+  prompt_parameters = metadata['prompt_length'] * metadata['embed']
+  flags = configuration.parse_flags(MODEL[:1])
+  model = configuration.configure('EncoderDecoderModel', flags)()
+  total = count_parameters(network.parameter_shapes(model.config))
+
+  print('\nScoring the test split ...', flush=True)
+  majority = classification.majority_accuracy('bbc_topics', 'test')
+  rows = [
+    ('majority class', majority, 0, ''),
+    ('no prompt, labels ranked', score(folder / 'zero_shot', rank=True), 0, ''),
+    (
+      'prompt tuning',
+      score(folder / 'prompt', prompt=str(model_dir / 'prompt')),
+      prompt_parameters,
+      f'{seconds:.0f} s',
+    ),
+  ]
+  if options.model_tuning:
+    tuned = folder / f'model_seed{options.seed}'
+    seconds = tune(
+      'model_tune.gin',
+      [
+        f'--gin.TRAIN_STEPS_RELATIVE={options.steps}',
+        '--gin.BATCH_SIZE=32',
+        "--gin.train.best_metric='bbc_topics/accuracy'",
+        '--gin.train.eval_period=100',
+        f'--gin.train.seed={options.seed}',
+      ],
+      tuned,
+    )
+    runs['model tuning'] = tuned
+    tuned_score = score(folder / 'model', base=str(tuned))
+    rows.append(('model tuning', tuned_score, total, f'{seconds:.0f} s'))
+  print(f'\n{"":26}{"test accuracy":>14}{"trained":>12}{"share":>9}{"time":>8}')
+  for name, accuracy, parameters, took in rows:
+    share = f'{100 * parameters / total:.2f}%'
+    print(f'{name:26}{accuracy:13.1f}%{parameters:12,}{share:>9}{took:>8}')
+  if not options.model_tuning:
+    print('(model tuning, the upper bound: the same command, --model_tuning)')
+
+  plot(runs, folder / 'curves.png')
+  print('\nWritten:')
+  for path in (
+    model_dir / 'prompt' / 'prompt.npy',
+    model_dir / 'prompt' / 'prompt.safetensors',
+    model_dir / 'metrics.jsonl',
+    folder / 'curves.png',
+  ):
+    print(f'  {path}  {path.stat().st_size:,} bytes')
+  classify(model_dir)
+  return 0
+
+
+def _load_prompt(model_dir: pathlib.Path):
+  from prompt_tuning.interop.prompts import load_prompt
+
+  return load_prompt(model_dir / 'prompt')
+
+
+if __name__ == '__main__':
+  sys.exit(main())

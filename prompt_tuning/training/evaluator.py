@@ -1,0 +1,389 @@
+"""Evaluation of a task's metrics on decoded text, by seqio's Evaluator."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jaxtyping import Int
+import numpy as np
+import seqio
+
+from prompt_tuning.data import task_data
+from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.errors import UserError
+from prompt_tuning.training import partitioning
+
+METRICS_FILE = 'eval_metrics.jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What is evaluated, and how.
+
+  Attributes:
+    mixture_or_task_name: a registered name.
+    task_feature_lengths: as `TaskData`'s.
+    batch_size: rows of a batch.
+    split: the split of each task; a mixture's tasks without it are left out.
+    num_examples: only the first of each task; None for all.
+    rank_classification: the answer is the task's label of the highest
+      likelihood, and not what decoding gives.
+    vocabulary: path or name of a vocabulary to use instead of the task's own.
+    modules: Python modules that register further tasks when imported.
+    prompt_indices: as `TaskData`'s.
+    seed: of decoding that samples.
+  """
+
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  batch_size: int = 32
+  split: str = 'validation'
+  num_examples: int | None = None
+  rank_classification: bool = False
+  vocabulary: str | None = None
+  modules: Sequence[str] = ()
+  prompt_indices: Mapping[str, int] | None = None
+  seed: int = 0
+
+  def build(
+    self,
+    model: Any,
+    virtual_tokens: VirtualTokens | None,
+    output_dir: str | os.PathLike,
+  ) -> 'Evaluator':
+    """Reads and converts the examples, once.
+
+    Args:
+      model: an `EncoderDecoderModel`.
+      virtual_tokens: None for a model without a prompt (zero-shot, model
+        tuning).
+      output_dir: gets predictions and metrics (see `Evaluator.evaluate`).
+
+    Raises:
+      UserError: as `TaskData.batches`, and if no task has metrics or, for rank
+        classification, labels that its vocabulary can write.
+    """
+    return Evaluator(self, model, virtual_tokens, output_dir)
+
+
+class Evaluator:
+  """Metrics of given variables on examples kept in host memory.
+
+  It draws from no state that training uses, and its functions are compiled at
+  the first evaluation only.
+  """
+
+  def __init__(
+    self,
+    evaluation: Evaluation,
+    model: Any,
+    virtual_tokens: VirtualTokens | None,
+    output_dir: str | os.PathLike,
+  ):
+    self._evaluation = evaluation
+    self._output_dir = pathlib.Path(output_dir)
+    provider = task_data.get_task(
+      evaluation.mixture_or_task_name,
+      vocabulary=evaluation.vocabulary,
+      modules=evaluation.modules,
+      prompt_indices=evaluation.prompt_indices,
+    )
+    lengths = task_data.check_task(
+      provider,
+      evaluation.split,
+      evaluation.task_feature_lengths,
+      virtual_tokens,
+    )
+    with (
+      _registered(provider),
+      task_data.reading(provider, evaluation.split),
+    ):
+      self._seqio = seqio.Evaluator(
+        provider.name,
+        VirtualTokensFeatureConverter(virtual_tokens, pack=False),
+        eval_split=evaluation.split,
+        sequence_length=lengths,
+        num_examples=evaluation.num_examples,
+        # Metrics are wanted at once, and threads and accelerators do not mix.
+        async_compute_metrics=False,
+      )
+    if not self._seqio.eval_tasks:
+      raise UserError(
+        f'evaluation needs a task with metrics, {provider.name} has none for'
+        f' split {evaluation.split!r}'
+      )
+    self._tasks = {
+      task.name: _TaskExamples(task, self._seqio, evaluation)
+      for task in self._seqio.eval_tasks
+    }
+
+    # All take (variables, batch, number of the batch, ...).
+    def key(number):
+      """A batch's own random key, for decoding that samples."""
+      return jax.random.fold_in(jax.random.key(evaluation.seed), number)
+
+    @jax.jit
+    def predict(variables, batch, number):
+      return model.predict_batch(variables, batch, key(number))
+
+    @jax.jit
+    def predict_with_aux(variables, batch, number):
+      return model.predict_batch_with_aux(variables, batch, key(number))
+
+    @jax.jit
+    def score(variables, batch, number):
+      del number
+      return model.score_batch(variables, batch)
+
+    @jax.jit
+    def rank(variables, batch, number, label_tokens):
+      del number
+      return model.rank_classify(variables, batch, label_tokens)
+
+    self._predict, self._predict_with_aux = predict, predict_with_aux
+    self._score, self._rank = score, rank
+
+  def evaluate(
+    self, variables: Mapping[str, Any], step: int
+  ) -> dict[str, float]:
+    """The metrics of all tasks, {'task/metric': value}.
+
+    Writes `inference/<task>-<step>.jsonl` (input, target, prediction: one line
+    an example) and adds a line to `eval_metrics.jsonl`; where a resumed run
+    evaluates a step again, the later line counts.
+
+    Args:
+      variables: the model's collections.
+      step: goes into file names and lines.
+
+    Raises:
+      UserError: if the files cannot be written.
+    """
+    # A training loop forbids implicit transfers; seqio's metrics make some.
+    with jax.transfer_guard('allow'):
+      metrics, outputs = self._seqio.evaluate(
+        compute_metrics=True,
+        step=step,
+        predict_fn=lambda ds: self._predictions(variables, ds),
+        predict_with_aux_fn=lambda ds: self._predictions_and_aux(variables, ds),
+        score_fn=lambda ds: self._scores(variables, ds),
+      )
+    values = {}
+    for task, results in metrics.result().items():
+      for name, value in results.items():
+        value = getattr(value, 'value', value)
+        if isinstance(value, (int, float, np.number)):
+          values[f'{task}/{name}'] = float(value)
+    with _writing(self._output_dir):
+      for task, output in outputs.items():
+        self._write_inference(self._tasks[task], output, step)
+      line = {'step': step, 'split': self._evaluation.split, **values}
+      with (self._output_dir / METRICS_FILE).open('a') as file:
+        file.write(json.dumps(line) + '\n')
+    return values
+
+  def _task_of(self, dataset) -> '_TaskExamples':
+    for name, cached in self._seqio.cached_model_datasets.items():
+      if cached is dataset:
+        return self._tasks[name]
+    raise AssertionError('seqio evaluates a data set that it did not cache')
+
+  def _run(self, function, variables, task, *arguments) -> Any:
+    """`function` on all of a task's batches, the rows of its results joined.
+
+    Where the variables are on a mesh, every batch is split over it as a
+    training batch is.
+    """
+    mesh = _mesh_of(variables)
+    sharding, rows = None, self._evaluation.batch_size
+    if mesh is not None:
+      sharding = partitioning.batch_sharding(mesh)
+      parts = math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
+      rows = -(-rows // parts) * parts
+    results = [
+      function(
+        variables, jax.device_put(batch, sharding), np.int32(number), *arguments
+      )
+      for number, batch in enumerate(task.batches(rows))
+    ]
+    return jax.tree.map(
+      lambda *parts: np.concatenate(parts)[: task.size],
+      *jax.device_get(results),
+    )
+
+  def _predictions(self, variables, dataset) -> list[tuple[int, np.ndarray]]:
+    """Predicted ids of each example, within the vocabulary."""
+    task = self._task_of(dataset)
+    if self._evaluation.rank_classification:
+      likelihoods = self._run(self._rank, variables, task, task.label_tokens)
+      ids = task.label_tokens[np.argmax(likelihoods, axis=-1)]
+    else:
+      ids = self._run(self._predict, variables, task)
+    return list(enumerate(task.within_vocabulary(ids)))
+
+  def _predictions_and_aux(self, variables, dataset):
+    task = self._task_of(dataset)
+    if self._evaluation.rank_classification:
+      raise UserError(
+        f'task {task.name} has a metric of auxiliary values, which rank'
+        ' classification has none of; evaluate it with'
+        ' rank_classification=False'
+      )
+    ids, aux = self._run(self._predict_with_aux, variables, task)
+    rows = list(enumerate(task.within_vocabulary(ids)))
+    return rows, {name: list(values) for name, values in aux.items()}
+
+  def _scores(self, variables, dataset) -> list[tuple[int, float]]:
+    scores = self._run(self._score, variables, self._task_of(dataset))
+    return list(enumerate(scores.tolist()))
+
+  def _write_inference(self, task, output, step) -> None:
+    kind = seqio.metrics.ModelOutputType
+    rows = [
+      {'input': source, 'target': target}
+      for source, target in zip(task.inputs, task.targets, strict=True)
+    ]
+    predicted = output.get(kind.PREDICTION)
+    if predicted is None and kind.PREDICTION_WITH_AUX in output:
+      predicted = output[kind.PREDICTION_WITH_AUX][0]
+    if predicted is not None:
+      for row, ids in zip(rows, predicted, strict=True):
+        row['prediction'] = task.vocabulary.decode(ids.tolist())
+    for row, score in zip(rows, output.get(kind.SCORE, ())):
+      row['score'] = score
+    folder = self._output_dir / 'inference'
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{task.name}-{step}.jsonl'
+    part = path.with_suffix('.jsonl.part')
+    with part.open('w', encoding='utf-8') as file:
+      for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    part.replace(path)
+
+
+class _TaskExamples:
+  """One task's examples as text and as batches of one size."""
+
+  def __init__(self, task, evaluator: seqio.Evaluator, evaluation: Evaluation):
+    self.name = task.name
+    self.vocabulary = task.output_features['targets'].vocabulary
+    examples = list(
+      evaluator.cached_task_datasets[task.name].as_numpy_iterator()
+    )
+    self.inputs = [_text(task, example, 'inputs') for example in examples]
+    self.targets = [_text(task, example, 'targets') for example in examples]
+    rows = [
+      row
+      for _, row in evaluator.cached_model_datasets[
+        task.name
+      ].as_numpy_iterator()
+    ]
+    self.size = len(rows)
+    self._rows = {
+      name: np.stack([row[name] for row in rows]) for name in rows[0]
+    }
+    self.label_tokens = None
+    if evaluation.rank_classification:
+      self.label_tokens = _label_tokens(task, self.vocabulary)
+
+  def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """All examples in order, in batches of one size.
+
+    Rows that fill the last batch repeat the first example with loss weight
+    zero; who runs the model drops what comes out for them.
+    """
+    for start in range(0, self.size, batch_size):
+      numbers = np.arange(start, start + batch_size)
+      added = numbers >= self.size
+      numbers[added] = 0
+      batch = {name: values[numbers] for name, values in self._rows.items()}
+      batch['decoder_loss_weights'][added] = 0
+      yield batch
+
+  def within_vocabulary(
+    self, ids: Int[np.ndarray, 'N L']
+  ) -> Int[np.ndarray, 'N L']:
+    """Ids that the vocabulary does not know become padding.
+
+    The embedding table has more rows than the vocabulary has pieces, and a
+    detokeniser given such an id may fail or make up text.
+    """
+    known = (ids >= 0) & (ids < self.vocabulary.vocab_size)
+    return np.where(known, ids, self.vocabulary.pad_id)
+
+
+def _text(task, example, feature: str) -> str:
+  """What a feature's ids stand for, as the task had it or else decoded."""
+  text = example.get(f'{feature}_pretokenized')
+  if isinstance(text, bytes):
+    return text.decode('utf-8')
+  vocabulary = task.output_features[feature].vocabulary
+  return str(vocabulary.decode(example[feature].tolist()))
+
+
+def _label_tokens(task, vocabulary) -> Int[np.ndarray, 'C L']:
+  """The ids of the task's labels with EOS, padded with 0."""
+  labels = task_data.class_labels(task)
+  if labels is None:
+    raise UserError(
+      f'rank classification needs a task with labels, {task.name} has none;'
+      ' evaluate it with rank_classification=False'
+    )
+  rows = [[*vocabulary.encode(label), vocabulary.eos_id] for label in labels]
+  for number, (label, row) in enumerate(zip(labels, rows, strict=True)):
+    written = vocabulary.decode(row)
+    if task.postprocess_fn(written, is_target=False) != number:
+      raise UserError(
+        f'the vocabulary cannot write the label {label!r} of task'
+        f' {task.name}: it comes back as {written!r}; choose other labels'
+      )
+  tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+  for number, row in enumerate(rows):
+    tokens[number, : len(row)] = row
+  return tokens
+
+
+def _mesh_of(variables) -> jax.sharding.Mesh | None:
+  """The mesh of more than one device that variables were put on."""
+  for leaf in jax.tree.leaves(variables):
+    sharding = getattr(leaf, 'sharding', None)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+      return sharding.mesh if sharding.mesh.size > 1 else None
+  return None
+
+
+@contextlib.contextmanager
+def _registered(provider: 'seqio.Task | seqio.Mixture'):
+  """Lets seqio, which wants a name, find this object under its name."""
+  registry = (
+    seqio.MixtureRegistry
+    if isinstance(provider, seqio.Mixture)
+    else seqio.TaskRegistry
+  )
+  original = registry.get(provider.name)
+  registry.remove(provider.name)
+  registry.add_provider(provider.name, provider)
+  try:
+    yield
+  finally:
+    registry.remove(provider.name)
+    registry.add_provider(provider.name, original)
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    yield
+  except OSError as error:
+    raise UserError(
+      f'cannot write the evaluation to {error.filename or folder}'
+      f' ({error.strerror}); earlier files are as they were'
+    ) from error

@@ -1,0 +1,605 @@
+"""The training loop: a base, a data source and settings in; a prompt out."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import os
+import pathlib
+import queue
+import signal
+import threading
+import time
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.vocabularies import load_vocabulary
+from prompt_tuning.errors import UserError
+from prompt_tuning.models import network
+from prompt_tuning.models.model import EncoderDecoderModel
+from prompt_tuning.models.prompt import Prompt
+from prompt_tuning.training import optimizers
+from prompt_tuning.training import partitioning
+from prompt_tuning.training.checkpoints import BaseCheckpoint
+from prompt_tuning.training.checkpoints import Checkpoints
+from prompt_tuning.training.checkpoints import fingerprint
+from prompt_tuning.training.checkpoints import load_params
+from prompt_tuning.training.reporting import MetricsWriter
+from prompt_tuning.training.reporting import Progress
+from prompt_tuning.training.train_state import TrainState
+from prompt_tuning.training.train_step import train_step as pure_train_step
+
+
+class TrainData(Protocol):
+  """A source of training batches (`data.TaskData`, `data.TokenArrayData`)."""
+
+  batch_size: int
+  vocabulary: str | None
+
+  def batches(
+      self, *, virtual_tokens: VirtualTokens | None, seed: int, start: int
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches, a function of seed and index; `start` are skipped."""
+
+  def class_labels(self) -> Sequence[str] | None:
+    """The task's labels, where it has a fixed set of them."""
+
+
+class Evaluation(Protocol):
+  """Scores decoded text (`training.evaluator.Evaluation`)."""
+
+  def build(self, model, virtual_tokens, output_dir) -> Any:
+    """An evaluator with `evaluate(variables, step) -> {'task/metric': x}`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """What a run leaves, besides its files.
+
+  Attributes:
+    step: of the last update, base steps included.
+    variables: trained collections: the best ones by `best_metric`, where that
+      is given, else the last ones. numpy arrays.
+    best_step: step of `variables`.
+    metrics: the last evaluation of `variables`, 'task/metric' -> value.
+    interrupted: the run was asked to stop (SIGTERM) before its last step.
+    base: name and fingerprint of the base.
+  """
+
+  step: int
+  variables: dict
+  best_step: int
+  metrics: dict[str, float]
+  interrupted: bool
+  base: dict[str, Any]
+
+
+def count_parameters(tree: Any) -> int:
+  """Scalars in all leaves."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def load_base(
+    model: EncoderDecoderModel,
+    base: BaseCheckpoint,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+) -> dict:
+  """The base's parameters on the mesh, in the model's layout and `dtype`."""
+  shapes = network.parameter_shapes(model.config)
+  shardings = partitioning.param_shardings(mesh, shapes, rules)
+  return load_params(base, shapes, dtype=dtype, shardings=shardings)
+
+
+def train(
+    *,
+    model: EncoderDecoderModel,
+    data: TrainData,
+    model_dir: str | os.PathLike,
+    base: BaseCheckpoint | None = None,
+    prompt: Prompt | None = None,
+    trained: Sequence[str] = ('prompt',),
+    optimizer: Callable[..., optax.GradientTransformation] = optimizers.adafactor,
+    learning_rate: float | optimizers.Schedule = 0.3,
+    train_steps_relative: int | None = None,
+    train_steps: int | None = None,
+    seed: int = 0,
+    microbatches: int = 1,
+    frozen_dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    evaluation: Evaluation | None = None,
+    eval_period: int = 500,
+    validation_data: TrainData | None = None,
+    validation_batches: int = 8,
+    best_metric: str | None = None,
+    best_mode: str = 'max',
+    early_stopping_patience: int | None = None,
+    checkpoint_period: int = 1000,
+    keep_checkpoints: int = 2,
+    log_period: int = 50,
+    progress: bool = True,
+) -> TrainResult:
+  """Trains the named collections of a model and keeps the best of them.
+
+  The same call continues a run of which `model_dir` holds a checkpoint, bit
+  for bit. SIGTERM lets the step end, saves and returns.
+
+  Args:
+    model: network, loss and decoding.
+    data: training batches.
+    model_dir: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `eval/`.
+    base: the frozen (or starting) parameters; None starts from random ones,
+      which only makes sense where 'params' is trained.
+    prompt: the soft prompt; None trains a T5 without one.
+    trained: variable collections that change: ('prompt',) is prompt tuning,
+      ('params',) model tuning or pre-training.
+    optimizer: takes `learning_rate` (and `initial_step`); any of optax's.
+    learning_rate: a number or a function of the step, base steps included.
+    train_steps_relative: updates of this run.
+    train_steps: the step to end at, base steps included (T5X's TRAIN_STEPS).
+      Exactly one of both is given.
+    seed: of initialisation, data order and dropout.
+    microbatches: parts of a batch whose gradients are added up.
+    frozen_dtype: storage of frozen parameters; None: bfloat16 on accelerators,
+      float32 on CPU. Trained parameters are float32.
+    mesh: None puts all devices on the data axis.
+    evaluation: decodes and scores a task every `eval_period` steps.
+    eval_period: updates between evaluations.
+    validation_data: its loss is computed at each evaluation.
+    validation_batches: how many batches of it.
+    best_metric: a name of `evaluation` ('task/metric') or 'validation/loss';
+      the checkpoint that is best by it is kept beside the latest ones.
+    best_mode: 'max' or 'min'.
+    early_stopping_patience: evaluations without a better value after which
+      the run ends; None: never.
+    checkpoint_period: updates between checkpoints.
+    keep_checkpoints: latest checkpoints kept.
+    log_period: updates between lines of metrics.
+    progress: shows progress on stderr.
+
+  Raises:
+    UserError: settings contradict each other or the base, or the loss is no
+      longer finite.
+  """
+  mesh = mesh or partitioning.make_mesh()
+  _check(model, data, base, prompt, trained, best_metric, evaluation,
+         validation_data, best_mode, microbatches, mesh)
+  first_step = base.step if base is not None else 0
+  last_step = _last_step(first_step, train_steps_relative, train_steps)
+  model_dir = pathlib.Path(model_dir)
+  try:
+    model_dir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'MODEL_DIR {model_dir} cannot be made: {error}') from error
+  if frozen_dtype is None:
+    frozen_dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+  init_key, prompt_key, run_key = jax.random.split(jax.random.key(seed), 3)
+  virtual_tokens = None
+  if base is None:
+    params = model.init_params(init_key)
+    params = jax.device_put(params, partitioning.param_shardings(mesh, params))
+  else:
+    dtype = 'float32' if 'params' in trained else frozen_dtype
+    params = load_base(model, base, mesh, dtype)
+  variables = {'params': params}
+  base_info = {
+      'name': base.path if base is not None else 'random',
+      'fingerprint': fingerprint(params),
+      'step': first_step,
+  }
+  if prompt is not None:
+    virtual_tokens = VirtualTokens(
+        model.config.vocab_size, prompt.length, prompt.num_prompts,
+        prompt.placement,
+    )
+    embedding = params['token_embedder']['embedding']
+    start = _init_prompt(prompt, prompt_key, embedding, data)
+    variables['prompt'] = jax.device_put(start, partitioning.replicated(mesh))
+  trainable = {name: variables[name] for name in trained}
+  frozen = {k: v for k, v in variables.items() if k not in trained}
+
+  tx = optimizers.build_optimizer(optimizer, learning_rate, first_step)
+  state = jax.jit(
+      functools.partial(TrainState.create, optimizer=tx),
+      static_argnames='initial_step',
+  )(trainable, initial_step=first_step)
+  if 'params' not in trained:
+    state = jax.device_put(state, partitioning.replicated(mesh))
+
+  checkpoints = Checkpoints(
+      model_dir / 'checkpoints', keep=keep_checkpoints, best_metric=best_metric,
+      best_mode=best_mode,
+  )
+  run = _RunRecord(seed, base_info['fingerprint'])
+  resumed = checkpoints.latest_step()
+  if resumed is not None:
+    state, extra = checkpoints.restore(resumed, state)
+    run = run.resume(extra, model_dir)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step_fn(state, frozen, batch):
+    rate = learning_rate
+    if callable(rate):
+      rate = rate(state.step)
+    new_state, metrics = pure_train_step(
+        model, tx, state, frozen, batch, run_key, microbatches=microbatches
+    )
+    metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
+    return new_state, metrics
+
+  writer = MetricsWriter(model_dir, int(state.step))
+  show = Progress(last_step - first_step, int(state.step) - first_step)
+  say = show.say if progress else (lambda text: None)
+  say(
+      f'trained: {", ".join(trained)},'
+      f' {count_parameters(state.trainable):,} parameters; frozen:'
+      f' {count_parameters(frozen):,}; base'
+      f' {base_info["name"]} at step {first_step:,}; {mesh.size} device(s)'
+      + (f'; resumed at step {resumed:,}' if resumed is not None else '')
+  )
+  # Trained parameters live in the state alone from here on.
+  del params, variables, trainable
+  scorer = None
+  if evaluation is not None:
+    scorer = evaluation.build(model, virtual_tokens, model_dir / 'eval')
+  validate = None
+  if validation_data is not None:
+    validate = _validation(
+        model, validation_data, virtual_tokens, validation_batches, mesh
+    )
+
+  def evaluate(step):
+    current = {**frozen, **state.trainable}
+    found = {}
+    if validate is not None:
+      found.update(validate(current))
+      writer.write(step, 'validation', found)
+    if scorer is not None:
+      scores = scorer.evaluate(current, step)
+      writer.write(step, 'eval', scores)
+      found.update(scores)
+    if found:
+      say(f'step {step - first_step}  ' + '  '.join(
+          f'{name} {value:.4g}' for name, value in found.items()))
+    if best_metric is not None and best_metric not in found:
+      raise UserError(
+          f'best_metric {best_metric!r} is not among the metrics of the'
+          f' evaluation: {", ".join(sorted(found))}'
+      )
+    return found
+
+  batches = _Prefetch(
+      data.batches(
+          virtual_tokens=virtual_tokens, seed=seed, start=run.position
+      ),
+      functools.partial(partitioning.shard_batch, mesh),
+  )
+  step = int(state.step)
+  pending = None  # Metrics on the device, fetched one step late.
+  clock = _Clock()
+  stopped_early = run.stale(early_stopping_patience)
+  with _StopSignal() as stop, _closing(batches, writer, checkpoints):
+    while step < last_step and not stopped_early and not stop.requested:
+      batch, waited = batches.next()
+      clock.add(batch, waited)
+      with jax.transfer_guard('disallow'):
+        state, metrics = step_fn(state, frozen, batch)
+      step += 1
+      run.position += 1
+      if pending is not None:
+        _require_finite(pending, step - 1, checkpoints)
+      pending = metrics
+      done = step - first_step
+      if done % log_period == 0 or step == last_step:
+        _require_finite(metrics, step, checkpoints)
+        line = _summary(metrics, clock.take())
+        writer.write(step, 'train', line)
+        if progress:
+          show.update(done, {
+              'loss': line['loss_per_token'], 'accuracy': line['accuracy'],
+              'examples/s': line['examples_per_second'],
+          })
+      found = None
+      if done % eval_period == 0 or step == last_step:
+        _require_finite(metrics, step, checkpoints)
+        found = evaluate(step)
+        run.note(step, found, best_metric, best_mode)
+        stopped_early = run.stale(early_stopping_patience)
+        clock.take()
+      improved = run.best_step == step
+      if (improved or done % checkpoint_period == 0 or step == last_step
+          or stopped_early):
+        _require_finite(metrics, step, checkpoints)
+        checkpoints.save(step, state, dataclasses.asdict(run), found)
+    if pending is not None:
+      _require_finite(pending, step, checkpoints)
+      if checkpoints.latest_step() != step:
+        checkpoints.save(step, state, dataclasses.asdict(run), None)
+    checkpoints.wait()
+    interrupted = stop.requested and step < last_step
+    if interrupted:
+      say(f'stopped at step {step}, saved; the same command continues')
+    elif stopped_early:
+      say(f'stopped early at step {step}: {best_metric} has not improved for'
+          f' {early_stopping_patience} evaluations since step {run.best_step}')
+    best = step if run.best_step is None else run.best_step
+    if best != step:
+      state, _ = checkpoints.restore(best, state)
+    trained_now = jax.device_get(state.trainable)
+  return TrainResult(
+      step, trained_now, best, run.best_metrics, interrupted, base_info
+  )
+
+
+def _check(model, data, base, prompt, trained, best_metric, evaluation,
+           validation_data, best_mode, microbatches, mesh):
+  """Contradictions that would only show after minutes."""
+  known = {'params': True, 'prompt': prompt is not None}
+  for name in trained:
+    if not known.get(name):
+      needs = ' (bind train.prompt)' if name == 'prompt' else ''
+      raise UserError(
+          f'trained names {name!r}, the model has'
+          f' {[k for k, v in known.items() if v]}{needs}'
+      )
+  if not trained:
+    raise UserError("trained is empty; it takes 'prompt', 'params' or both")
+  if base is None and 'params' not in trained:
+    raise UserError(
+        'a frozen model needs trained parameters: give'
+        ' INITIAL_CHECKPOINT_PATH'
+    )
+  if best_mode not in ('max', 'min'):
+    raise UserError(f"best_mode is {best_mode!r}; it takes 'max' or 'min'")
+  if best_metric and evaluation is None and validation_data is None:
+    raise UserError(
+        f'best_metric {best_metric!r} needs an evaluation, and there is none'
+    )
+  of_batch = microbatches * mesh.shape['data'] * mesh.shape['fsdp']
+  if data.batch_size % of_batch:
+    raise UserError(
+        f'BATCH_SIZE {data.batch_size} does not divide by microbatches times'
+        f' devices that share a batch ({of_batch})'
+    )
+  if data.vocabulary is not None:
+    size = load_vocabulary(data.vocabulary).size
+    if size > model.config.vocab_size:
+      raise UserError(
+          f'vocabulary {data.vocabulary} has {size} pieces, the model has'
+          f' vocab_size {model.config.vocab_size}; give the vocabulary that'
+          ' the base was trained with'
+      )
+
+
+def _last_step(first_step, relative, absolute):
+  if (relative is None) == (absolute is None):
+    raise UserError(
+        'give either TRAIN_STEPS_RELATIVE (updates of this run) or TRAIN_STEPS'
+        " (the base checkpoint's steps included)"
+    )
+  last = first_step + relative if absolute is None else absolute
+  if last <= first_step:
+    raise UserError(
+        f'TRAIN_STEPS {last} is not beyond the base checkpoint\'s step'
+        f' {first_step}; it counts the base\'s steps too, TRAIN_STEPS_RELATIVE'
+        ' counts this run\'s alone'
+    )
+  return last
+
+
+def _init_prompt(prompt, key, embedding, data):
+  encode = None
+  if data.vocabulary is not None:
+    encode = load_vocabulary(data.vocabulary).encode
+  try:
+    return prompt.init(
+        key, embedding, encode=encode, labels=data.class_labels() or ()
+    )
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+@dataclasses.dataclass
+class _RunRecord:
+  """What a checkpoint remembers of its run besides the state."""
+
+  seed: int
+  base_fingerprint: str
+  position: int = 0  # Batches consumed.
+  best_step: int | None = None
+  best_value: float | None = None
+  best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  evaluations_since_best: int = 0
+
+  def resume(self, extra: Mapping[str, Any], model_dir) -> '_RunRecord':
+    """The record of an earlier start of this same run."""
+    for name, called in (
+        ('seed', 'seed'), ('base_fingerprint', 'base (its fingerprint)')
+    ):
+      if extra[name] != getattr(self, name):
+        raise UserError(
+            f'MODEL_DIR {model_dir} holds a run with another {called}:'
+            f' {extra[name]}, this one has {getattr(self, name)}; choose'
+            ' another MODEL_DIR'
+        )
+    names = {field.name for field in dataclasses.fields(self)}
+    return _RunRecord(**{k: v for k, v in extra.items() if k in names})
+
+  def note(self, step, found, best_metric, mode):
+    """Takes the evaluation at `step` into account."""
+    if best_metric is None:
+      self.best_metrics = dict(found)
+      return
+    value = found[best_metric]
+    sign = 1 if mode == 'max' else -1
+    if self.best_value is None or sign * value > sign * self.best_value:
+      self.best_step, self.best_value = step, value
+      self.best_metrics = dict(found)
+      self.evaluations_since_best = 0
+    else:
+      self.evaluations_since_best += 1
+
+  def stale(self, patience: int | None) -> bool:
+    return patience is not None and self.evaluations_since_best >= patience
+
+
+class _Prefetch:
+  """Makes the next batches in a thread while the devices work."""
+
+  def __init__(self, batches: Iterator, place: Callable, ahead: int = 2):
+    self._queue = queue.Queue(ahead)
+    self._closed = threading.Event()
+
+    def fill():
+      try:
+        for batch in batches:
+          item = (place(batch), None)
+          while not self._closed.is_set():
+            try:
+              self._queue.put(item, timeout=0.1)
+              break
+            except queue.Full:
+              continue
+          if self._closed.is_set():
+            return
+        raise UserError('the training data ended; it must repeat')
+      except BaseException as error:  # Raised again where `next` is called.
+        self._queue.put((None, error))
+
+    self._thread = threading.Thread(target=fill, daemon=True)
+    self._thread.start()
+
+  def next(self) -> tuple[dict[str, jax.Array], float]:
+    """A batch, and the seconds it was waited for."""
+    start = time.monotonic()
+    batch, error = self._queue.get()
+    if error is not None:
+      raise error
+    return batch, time.monotonic() - start
+
+  def close(self):
+    self._closed.set()
+    while not self._queue.empty():
+      self._queue.get_nowait()
+    self._thread.join(timeout=5)
+
+
+class _Clock:
+  """Counts what went through between two lines of metrics."""
+
+  def __init__(self):
+    self.take()
+
+  def add(self, batch, waited: float):
+    self._examples += batch['encoder_input_tokens'].shape[0]
+    self._tokens += sum(
+        batch[name].size
+        for name in ('encoder_input_tokens', 'decoder_target_tokens')
+    )
+    self._waited += waited
+
+  def take(self) -> dict[str, float]:
+    """Rates since the last call; tokens are counted with their padding."""
+    now = time.monotonic()
+    rates = {}
+    if hasattr(self, '_start'):
+      passed = max(now - self._start, 1e-9)
+      rates = {
+          'examples_per_second': self._examples / passed,
+          'tokens_per_second': self._tokens / passed,
+          'input_wait_share': self._waited / passed,
+      }
+    self._start, self._examples, self._tokens, self._waited = now, 0, 0, 0.0
+    return rates
+
+
+class _StopSignal:
+  """Turns SIGTERM into a flag, in the main thread."""
+
+  def __enter__(self):
+    self.requested = False
+    self._before = None
+    if threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, *_):
+    self.requested = True
+
+  def __exit__(self, *_):
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+
+def _require_finite(metrics, step, checkpoints):
+  if not np.isfinite(jax.device_get(metrics['loss'])):
+    checkpoints.wait()
+    last = checkpoints.latest_step()
+    kept = 'no checkpoint was saved yet' if last is None else (
+        f'the checkpoint of step {last} is kept')
+    raise UserError(
+        f'the loss is not finite at step {step}; {kept}; lower the learning'
+        ' rate or look at the data'
+    )
+
+
+def _per_token(sums) -> dict[str, float]:
+  sums = {name: float(x) for name, x in jax.device_get(sums).items()}
+  tokens = max(sums['tokens'], 1.0)
+  return {
+      'loss_per_token': sums['cross_entropy'] / tokens,
+      'accuracy': sums['correct'] / tokens,
+      'tokens': sums['tokens'],
+  }
+
+
+def _summary(metrics, rates) -> dict[str, float]:
+  metrics = jax.device_get(metrics)
+  kept = (
+      'loss', 'z_loss', 'learning_rate', 'gradient_norm', 'update_norm',
+      'trained_norm',
+  )
+  return {
+      **_per_token({k: metrics[k] for k in ('cross_entropy', 'correct', 'tokens')}),
+      **{name: float(metrics[name]) for name in kept},
+      **rates,
+  }
+
+
+def _validation(model, data, virtual_tokens, num_batches, mesh):
+  """A function of the variables: mean loss per token of fixed batches."""
+  batches = data.batches(virtual_tokens=virtual_tokens, seed=0, start=0)
+  fixed = [
+      partitioning.shard_batch(mesh, next(batches)) for _ in range(num_batches)
+  ]
+  loss_fn = jax.jit(lambda variables, batch: model.loss_fn(variables, batch)[1])
+
+  def validate(variables):
+    sums = [jax.device_get(loss_fn(variables, batch)) for batch in fixed]
+    total = jax.tree.map(lambda *x: np.sum(x), *sums)
+    found = _per_token(
+        {k: total[k] for k in ('cross_entropy', 'correct', 'tokens')}
+    )
+    return {
+        'validation/loss': found['loss_per_token'],
+        'validation/accuracy': found['accuracy'],
+    }
+
+  return validate
+
+
+@contextlib.contextmanager
+def _closing(*things):
+  """Closes all of them, in order, whatever happens."""
+  try:
+    yield
+  finally:
+    for thing in things:
+      thing.close()

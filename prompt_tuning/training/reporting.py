@@ -1,0 +1,94 @@
+"""What a run says: a line of progress, a JSONL of metrics, TensorBoard."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import TextIO
+
+import tensorboardX
+
+
+class MetricsWriter:
+  """Appends to MODEL_DIR/metrics.jsonl and writes TensorBoard events.
+
+  A line holds `step`, `split` ('train', 'validation' or the task's name) and
+  the metrics. A resumed run drops the lines of steps after its checkpoint:
+  it makes them again.
+  """
+
+  def __init__(self, model_dir: str | os.PathLike, first_step: int):
+    folder = pathlib.Path(model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    self.path = folder / 'metrics.jsonl'
+    if self.path.exists():
+      self._drop_after(first_step)
+    self._file = self.path.open('a')
+    self._tensorboard = tensorboardX.SummaryWriter(
+        str(folder / 'tensorboard'), purge_step=first_step + 1
+    )
+
+  def _drop_after(self, step: int):
+    kept = []
+    for line in self.path.read_text().splitlines(keepends=True):
+      try:
+        if json.loads(line)['step'] <= step:
+          kept.append(line)
+      except ValueError:
+        pass  # A killed run may leave half a line.
+    partial = self.path.with_suffix('.partial')
+    partial.write_text(''.join(kept))
+    partial.replace(self.path)
+
+  def write(self, step: int, split: str, metrics: Mapping[str, float]):
+    line = json.dumps({'step': step, 'split': split, **metrics})
+    self._file.write(line + '\n')
+    self._file.flush()
+    for name, value in metrics.items():
+      self._tensorboard.add_scalar(f'{split}/{name}', value, step)
+
+  def close(self):
+    self._file.close()
+    self._tensorboard.close()
+
+
+class Progress:
+  """One live line on a terminal, plain lines elsewhere."""
+
+  def __init__(self, total: int, done: int = 0, stream: TextIO | None = None):
+    self._stream = stream or sys.stderr
+    self._total = total
+    self._start_done = done
+    self._start = time.monotonic()
+    self._live = False
+
+  def update(self, done: int, metrics: Mapping[str, float]):
+    """Shows steps done of this run, the metrics given and the time left."""
+    passed = time.monotonic() - self._start
+    steps = max(done - self._start_done, 1)
+    left = duration(passed / steps * (self._total - done))
+    shown = '  '.join(f'{k} {v:.4g}' for k, v in metrics.items())
+    line = f'step {done}/{self._total}  {shown}  ETA {left}'
+    if self._stream.isatty():
+      self._stream.write(f'\r{line}\x1b[K')
+      self._live = True
+    else:
+      self._stream.write(line + '\n')
+    self._stream.flush()
+
+  def say(self, text: str):
+    """A line that stays."""
+    if self._live:
+      self._stream.write('\n')
+      self._live = False
+    self._stream.write(text + '\n')
+    self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+  """h:mm:ss"""
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'
