@@ -75,7 +75,11 @@ def is_prose(text: str, minimum: int = 80) -> bool:
   if not minimum <= len(text) <= 6000 or text[-1] not in '.!?:;"\')’”':
     return False
   words = _WORD.findall(text)
-  if len(words) < minimum // 8 or not text[0].isalnum() and text[0] not in '"“\'(':
+  if (
+    len(words) < minimum // 8
+    or not text[0].isalnum()
+    and text[0] not in '"“\'('
+  ):
     return False
   letters = sum(map(len, words))
   functional = sum(word.lower() in _FUNCTION_WORDS for word in words)
@@ -100,7 +104,9 @@ def plain_paragraphs(text: str) -> Iterator[str]:
   """Blocks of lines between empty lines; indented code is left to the filter."""
   for block in re.split(r'\n[ \t\r]*\n', text):
     # A hyphen at the end of a line joins the word that it split.
-    yield re.sub(r'(?<=[a-z])-\n\s*(?=[a-z])', '', block).lstrip(' \t\n-*o.0123456789)')
+    yield re.sub(r'(?<=[a-z])-\n\s*(?=[a-z])', '', block).lstrip(
+      ' \t\n-*o.0123456789)'
+    )
 
 
 def quoted_paragraphs(text: str) -> Iterator[str]:
@@ -136,7 +142,9 @@ def dictionary_paragraphs(text: str) -> Iterator[str]:
       yield from plain_paragraphs(re.sub(r'[{}]', '', body))
       continue
     body = re.sub(r'\[(syn|ant|also):.*?\]', ' ', body, flags=re.S)
-    for sense in re.split(r'(?:^|\n)\s+(?:(?:n|v|adj|adv)\s+)?(?:\d+)?: ', body):
+    for sense in re.split(
+      r'(?:^|\n)\s+(?:(?:n|v|adj|adv)\s+)?(?:\d+)?: ', body
+    ):
       sense = _SPACE.sub(' ', sense).strip(' ;')
       if len(sense) > 25:
         yield f'{head}: {sense}.'
@@ -145,7 +153,12 @@ def dictionary_paragraphs(text: str) -> Iterator[str]:
 def read_text(path: pathlib.Path) -> tuple[str, str]:
   """The decoded file and its suffix without the compression's."""
   opener, name = open, path.name
-  for ending, compressed in (('.gz', gzip), ('.dz', gzip), ('.bz2', bz2), ('.xz', lzma)):
+  for ending, compressed in (
+    ('.gz', gzip),
+    ('.dz', gzip),
+    ('.bz2', bz2),
+    ('.xz', lzma),
+  ):
     if name.endswith(ending):
       opener, name = compressed.open, name[: -len(ending)]
   with opener(path, 'rb') as stream:
@@ -170,11 +183,17 @@ def file_paragraphs(path: pathlib.Path, package: str) -> Iterator[str]:
     yield from dictionary_paragraphs(text)
   elif '/fortunes/' in str(path):
     yield from text.split('\n%\n')
-  elif suffix in _MARKUP or text[:200].lstrip()[:5].lower() in ('<html', '<!doc', '<?xml'):
+  elif suffix in _MARKUP or text[:200].lstrip()[:5].lower() in (
+    '<html',
+    '<!doc',
+    '<?xml',
+  ):
     yield from markup_paragraphs(text)
   elif suffix == '.man':
     yield from manual_paragraphs(text)
-  elif suffix in _QUOTED_STRINGS or (package.endswith('-data') and suffix == '.txt'):
+  elif suffix in _QUOTED_STRINGS or (
+    package.endswith('-data') and suffix == '.txt'
+  ):
     yield from quoted_paragraphs(text)
     if suffix == '.txt':
       yield from plain_paragraphs(text)
@@ -189,7 +208,16 @@ def english_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       f
       for f in folders
       if re.split(r'[_@-]', f)[0] not in _LANGUAGES
-      and f not in ('locale', 'bin', 'sbin', 'i18n', 'translations', '_static', '_sources')
+      and f
+      not in (
+        'locale',
+        'bin',
+        'sbin',
+        'i18n',
+        'translations',
+        '_static',
+        '_sources',
+      )
       and not (re.match(r'en[_-](?!us)', f, re.I) and 'en' in folders)
     )
     for name in sorted(names):
@@ -198,7 +226,11 @@ def english_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       if (
         path.is_symlink()
         or _SKIPPED_NAMES.search(name)
-        or (language and language[1] in _LANGUAGES and language[1] not in ('is', 'no', 'it', 'id'))
+        or (
+          language
+          and language[1] in _LANGUAGES
+          and language[1] not in ('is', 'no', 'it', 'id')
+        )
         or path.stat().st_size > 40_000_000
       ):
         continue
@@ -268,14 +300,18 @@ def run(command: list[str], **kwargs) -> str:
   try:
     done = subprocess.run(command, capture_output=True, text=True, **kwargs)
   except FileNotFoundError:
-    raise SystemExit(f'error: {command[0]} is required: run this on Debian or Ubuntu') from None
+    raise SystemExit(
+      f'error: {command[0]} is required: run this on Debian or Ubuntu'
+    ) from None
   if done.returncode:
     reason = (done.stderr.strip() or 'no reason given').splitlines()[-1]
     raise SystemExit(f'error: {" ".join(command[:3])} failed: {reason}')
   return done.stdout
 
 
-def process(package: str, work_dir: str, limit: int) -> tuple[dict, list[list[str]]]:
+def process(
+  package: str, work_dir: str, limit: int
+) -> tuple[dict, list[list[str]]]:
   """Downloads (once), unpacks (once) and extracts one package."""
   debs = pathlib.Path(work_dir, 'debs')
   unpacked = pathlib.Path(work_dir, 'unpacked', package)
@@ -303,13 +339,29 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--output', required=True, help='text file to write (.txt, .gz or .xz)')
+  parser.add_argument(
+    '--output', required=True, help='text file to write (.txt, .gz or .xz)'
+  )
   parser.add_argument('--packages', nargs='+', help='names of Debian packages')
   parser.add_argument('--packages_file', help='a file with a name a line')
-  parser.add_argument('--work_dir', required=True, help='where packages are downloaded and unpacked')
-  parser.add_argument('--sources', help='Markdown table of the sources (default: OUTPUT.sources.md)')
-  parser.add_argument('--max_mb', type=float, default=4.0, help='most text kept of one package (default 4)')
-  parser.add_argument('--processes', type=int, default=2, help='packages read at once (default 2)')
+  parser.add_argument(
+    '--work_dir',
+    required=True,
+    help='where packages are downloaded and unpacked',
+  )
+  parser.add_argument(
+    '--sources',
+    help='Markdown table of the sources (default: OUTPUT.sources.md)',
+  )
+  parser.add_argument(
+    '--max_mb',
+    type=float,
+    default=4.0,
+    help='most text kept of one package (default 4)',
+  )
+  parser.add_argument(
+    '--processes', type=int, default=2, help='packages read at once (default 2)'
+  )
   arguments = parser.parse_args(argv)
   packages = list(arguments.packages or ())
   if arguments.packages_file:
@@ -318,7 +370,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
       raise SystemExit(f'error: --packages_file: {error}') from None
   if not packages:
-    raise SystemExit('error: no package named: give --packages or --packages_file')
+    raise SystemExit(
+      'error: no package named: give --packages or --packages_file'
+    )
   packages = list(dict.fromkeys(packages))
   limit = int(arguments.max_mb * 1e6)
   openers = {'.gz': gzip.open, '.xz': lzma.open}
@@ -328,23 +382,39 @@ def main(argv: list[str] | None = None) -> int:
     concurrent.futures.ProcessPoolExecutor(arguments.processes) as pool,
     opener(arguments.output, 'wt', encoding='utf-8') as out,
   ):
-    results = pool.map(process, packages, [arguments.work_dir] * len(packages), [limit] * len(packages))
+    results = pool.map(
+      process,
+      packages,
+      [arguments.work_dir] * len(packages),
+      [limit] * len(packages),
+    )
     for source, documents in results:
       size = 0
       for document in documents:
         lines = []
         for paragraph in document:
           # Packages quote one another: keep a paragraph the first time only.
-          digest = hashlib.blake2b(_LETTERS.sub('', paragraph.lower()).encode(), digest_size=8).digest()
+          digest = hashlib.blake2b(
+            _LETTERS.sub('', paragraph.lower()).encode(), digest_size=8
+          ).digest()
           if digest not in seen:
             seen.add(digest)
             lines.append(paragraph)
         if sum(map(len, lines)) >= 200:
           out.write('\n'.join(lines) + '\n\n')
           size += sum(map(len, lines))
-      rows.append((source['package'], source['version'], source['licence'], size / 1e6))
-      print(f'{source["package"]:28} {size / 1e6:7.2f} MB', file=sys.stderr, flush=True)
-  table = ['| package | version | licence, as its copyright file says | MB of text |', '|---|---|---|---|']
+      rows.append(
+        (source['package'], source['version'], source['licence'], size / 1e6)
+      )
+      print(
+        f'{source["package"]:28} {size / 1e6:7.2f} MB',
+        file=sys.stderr,
+        flush=True,
+      )
+  table = [
+    '| package | version | licence, as its copyright file says | MB of text |',
+    '|---|---|---|---|',
+  ]
   table += [f'| {p} | {v} | {l} | {m:.2f} |' for p, v, l, m in rows]
   table += [f'| total | | | {sum(row[3] for row in rows):.2f} |']
   path = pathlib.Path(arguments.sources or arguments.output + '.sources.md')

@@ -114,11 +114,7 @@ def train_vocabulary(
     threads: of the training; more do not change the result.
   """
   lines = itertools.islice(
-    (
-      text[i : i + 400]
-      for text in documents
-      for i in range(0, len(text), 400)
-    ),
+    (text[i : i + 400] for text in documents for i in range(0, len(text), 400)),
     sentences,
   )
   path = pathlib.Path(output)

@@ -119,6 +119,8 @@ class TaskData:
     converter = feature_converter.VirtualTokensFeatureConverter(
       virtual_tokens, pack=self.pack
     )
+    if self.shuffle:
+      require_shuffling(task)
     rows = self.batch_size // self.num_shards
     with reading(task, self.split):
       dataset = task.get_dataset(**options)
@@ -305,19 +307,37 @@ def check_task(
   return lengths
 
 
+def require_shuffling(task: 'seqio.Task | seqio.Mixture') -> None:
+  """Raises UserError if a task was registered with shuffling forbidden."""
+  import seqio
+
+  for part in seqio.get_subtasks(task):
+    if not (
+      part.shuffle_buffer_size or part.source.performs_internal_shuffling
+    ):
+      raise UserError(
+        f'task {part.name} was registered with shuffle_buffer_size=None, which'
+        ' forbids shuffling; set shuffle=False, or num_examples=None where it'
+        ' is evaluated'
+      )
+
+
 @contextlib.contextmanager
 def reading(task: 'seqio.Task | seqio.Mixture', split: str):
   """Makes a file that cannot be read a fault of the input, in one line."""
   import tensorflow as tf
 
-  try:
-    yield
-  except (
+  # Looked up before the body runs: a stream that is dropped when Python exits
+  # ends in here when modules are gone.
+  unreadable = (
     OSError,
     tf.errors.NotFoundError,
     tf.errors.PermissionDeniedError,
     tf.errors.DataLossError,
-  ) as error:
+  )
+  try:
+    yield
+  except unreadable as error:
     first_line = str(error).strip().split('\n')[0]
     raise UserError(
       f'task {task.name}, split {split!r}: the data cannot be read: '

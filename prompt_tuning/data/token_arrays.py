@@ -405,8 +405,7 @@ class TokenArrayData:
       raise UserError(f'batch_size must be 1 or more, got {self.batch_size}')
     if not 0.0 <= self.validation_fraction < 1.0:
       raise UserError(
-        'validation_fraction must be in [0, 1), got '
-        f'{self.validation_fraction}'
+        f'validation_fraction must be in [0, 1), got {self.validation_fraction}'
       )
     if not 0.0 < self.noise_density < 1.0 or self.mean_noise_span_length < 1:
       raise UserError(
@@ -466,7 +465,8 @@ class TokenArrayData:
     )
     extra_ids = int(self.arrays.meta['extra_ids'])
     if (
-      self.objective == 'span_corruption' and self.sentinels
+      self.objective == 'span_corruption'
+      and self.sentinels
       and spans > extra_ids
     ):
       raise UserError(

@@ -9,7 +9,7 @@ not describe to the byte was left half-written, or lost a file since, and is
 passed over.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import errno
@@ -97,7 +97,7 @@ class Checkpoints:
     step: int,
     state: TrainState,
     extra: Mapping[str, Any],
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, Any] | None = None,
   ) -> None:
     """Writes a checkpoint; what was complete before stays so until then.
 
@@ -335,7 +335,7 @@ def fingerprint(params: Any) -> str:
   """Tells one set of weights from another, from a few of its values.
 
   A digest of all parameter paths and shapes and of the first values of eight
-  arrays. Values are rounded to bfloat16 first and the stored type is left
+  matrices. Values are rounded to bfloat16 first and the stored type is left
   out, so a float32 checkpoint and its bfloat16 copy have one fingerprint;
   likewise the scanned and the unrolled form of one model.
 
@@ -349,9 +349,9 @@ def fingerprint(params: Any) -> str:
   digest = hashlib.sha256()
   for path in sorted(flat):
     digest.update(f'{path} {list(flat[path].shape)}\n'.encode())
-  paths = sorted(flat)
-  stride = max(1, len(paths) // 8)
-  for path in paths[::stride][:8]:
+  # Norm scales tell little: they are all ones before training.
+  matrices = [path for path in sorted(flat) if len(flat[path].shape) > 1]
+  for path in matrices[:: max(1, len(matrices) // 8)][:8]:
     digest.update(_first_values(flat[path]).tobytes())
   return digest.hexdigest()[:16]
 
@@ -613,7 +613,7 @@ _AXES = (
 
 
 def _shape_fault(
-  path: str, got: tuple, needed: tuple, who: str = 'the model'
+  path: str, got: Sequence[int], needed: Sequence[int], who: str = 'the model'
 ) -> str | None:
   """'path has embed 512, the model needs 768', or None."""
   got, needed = tuple(got), tuple(needed)

@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+import absl.logging
 import jax
 from jaxtyping import Int
 import numpy as np
@@ -32,13 +33,14 @@ class Evaluation:
     task_feature_lengths: as `TaskData`'s.
     batch_size: rows of a batch.
     split: the split of each task; a mixture's tasks without it are left out.
-    num_examples: only the first of each task; None for all.
+    num_examples: size of a sample of each task, the same at every evaluation;
+      None for all examples, in the order of the data.
     rank_classification: the answer is the task's label of the highest
       likelihood, and not what decoding gives.
     vocabulary: path or name of a vocabulary to use instead of the task's own.
     modules: Python modules that register further tasks when imported.
     prompt_indices: as `TaskData`'s.
-    seed: of decoding that samples.
+    seed: of that sample, and of decoding that samples.
   """
 
   mixture_or_task_name: str
@@ -101,7 +103,11 @@ class Evaluator:
       evaluation.task_feature_lengths,
       virtual_tokens,
     )
+    sampled = evaluation.num_examples is not None
+    if sampled:
+      task_data.require_shuffling(provider)
     with (
+      _quiet(),
       _registered(provider),
       task_data.reading(provider, evaluation.split),
     ):
@@ -111,6 +117,9 @@ class Evaluator:
         eval_split=evaluation.split,
         sequence_length=lengths,
         num_examples=evaluation.num_examples,
+        # The first examples of a file may all be of one label.
+        shuffle=sampled,
+        seed=evaluation.seed,
         # Metrics are wanted at once, and threads and accelerators do not mix.
         async_compute_metrics=False,
       )
@@ -375,6 +384,17 @@ def _registered(provider: 'seqio.Task | seqio.Mixture'):
   finally:
     registry.remove(provider.name)
     registry.add_provider(provider.name, original)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without seqio's warnings on padding and on loggers, which we do not use."""
+  verbosity = absl.logging.get_verbosity()
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  try:
+    yield
+  finally:
+    absl.logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

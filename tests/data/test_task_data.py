@@ -52,6 +52,19 @@ def tasks(tiny_vocabulary):
     ],
     output_features=seqio.TaskRegistry.get('stream_a').output_features,
   )
+  seqio.TaskRegistry.add_provider(
+    'stream_in_order',
+    seqio.Task(
+      'stream_in_order',
+      source=seqio.TextLineDataSource({'train': __file__}),
+      preprocessors=[
+        lambda ds: ds.map(lambda t: {'inputs': t, 'targets': t}),
+        seqio.preprocessors.tokenize,
+      ],
+      output_features=seqio.TaskRegistry.get('stream_a').output_features,
+      shuffle_buffer_size=None,
+    ),
+  )
   seqio.MixtureRegistry.add(
     'stream_mixed', [('stream_a', 2.0), ('stream_b', 1.0)]
   )
@@ -197,6 +210,7 @@ def test_labels_survive_a_change_of_vocabulary(tiny_vocabulary):
     (data('stream_all_filtered'), "no examples in split 'train'"),
     (data('stream_unreadable'), '/no/such/file.csv: cannot be read'),
     (data(modules=('no_such_module',)), "'no_such_module', which is not"),
+    (data('stream_in_order'), 'forbids shuffling; set shuffle=False'),
     (data(num_shards=3), 'multiple of the 3 processes'),
     (
       TaskData('stream_a', {'inputs': 8}, 4),

@@ -202,23 +202,39 @@ def test_a_beam_of_one_is_not_greedy():
   assert greedy.tolist() == [[[2, 2, 2]]]
 
 
-def test_the_brevity_penalty_is_that_of_wu_et_al():
-  # Two sequences only: EOS (0.5), or 2 (0.5) and then EOS for certain.
+def end_or_2(end):
+  """EOS with this probability, or 2 and then EOS for certain."""
+
   def step(ids, cache):
-    after_2 = ids == 2
     probs = jnp.where(
-      after_2,
+      ids == 2,
       jnp.asarray([[1e-9, 1.0, 1e-9]]),
-      jnp.asarray([[1e-9, 0.5, 0.5]]),
+      jnp.asarray([[1e-9, end, 1 - end]]),
     )
     return jnp.log(probs), cache
 
+  return step
+
+
+def test_scores_are_divided_by_the_brevity_penalty():
   decodes, scores = decoding.beam_search(
-    starts(1, 3), {}, step, eos_id=EOS, num_decodes=2, alpha=0.6
+    starts(1, 3), {}, end_or_2(0.5), eos_id=EOS, num_decodes=2, alpha=0.6
   )
   assert decodes[0].tolist() == [[1, 0, 0], [2, 1, 0]]
   expected = [np.log(0.5), np.log(0.5) / (7 / 6) ** 0.6]
   np.testing.assert_allclose(scores[0], expected, atol=1e-6)
+
+
+def test_the_search_goes_on_while_length_can_still_win():
+  # After one step log 0.55 is finished and log 0.45 alive: the live beam is
+  # behind, and ahead once its length counts: -0.80 / (7/6)^3 = -0.50 > -0.60.
+  decodes, scores = decoding.beam_search(
+    starts(1, 3), {}, end_or_2(0.55), eos_id=EOS, num_decodes=1, alpha=3.0
+  )
+  assert decodes[0].tolist() == [[2, 1, 0]]
+  np.testing.assert_allclose(
+    scores[0], [np.log(0.45) / (7 / 6) ** 3], atol=1e-6
+  )
 
 
 def test_beams_that_never_end_return_log_probabilities():
@@ -322,7 +338,7 @@ def test_only_padding_follows_eos_and_id_0_may_come_before_it():
         end = ids.index(EOS) + 1
         assert not any(ids[end:])
         ids = ids[:end]
-      zero_inside += 0 in ids
+      zero_inside += 0 in ids[:-1]
       # A 0 that was drawn is scored, and conditions what comes after it.
       np.testing.assert_allclose(
         score, chain.log_prob(example, ids), rtol=0, atol=1e-5

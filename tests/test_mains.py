@@ -1,0 +1,341 @@
+"""The four mains: a whole chain on a tiny model, and faults of the user."""
+
+import json
+import re
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning import cli
+from prompt_tuning.data.token_arrays import write_token_arrays
+from prompt_tuning.data.vocabularies import load_vocabulary
+from prompt_tuning.interop.base_checkpoints import save_base
+from prompt_tuning.interop.prompts import load_prompt, save_prompt
+from prompt_tuning.models import model as model_lib
+from prompt_tuning.models import network
+
+BASE_STEP = 40
+
+MODEL = """
+T5Config.vocab_size = 256
+T5Config.emb_dim = 16
+T5Config.num_heads = 2
+T5Config.head_dim = 8
+T5Config.mlp_dim = 32
+T5Config.num_encoder_layers = 1
+T5Config.num_decoder_layers = 1
+"""
+
+# Prompt tuning on token arrays: no TensorFlow, so these tests stay quick.
+TRAIN = """
+train.model = @EncoderDecoderModel()
+EncoderDecoderModel.config = @T5Config()
+train.model_dir = %MODEL_DIR
+train.base = @load_checkpoint()
+load_checkpoint.path = %INITIAL_CHECKPOINT_PATH
+train.prompt = @Prompt()
+Prompt.length = %PROMPT_LENGTH
+train.train_steps_relative = %TRAIN_STEPS_RELATIVE
+train.train_steps = %TRAIN_STEPS
+train.data = @TokenArrayData()
+TokenArrayData.folder = %TOKEN_ARRAYS
+TokenArrayData.objective = 'prefix_lm'
+TokenArrayData.batch_size = 8
+TokenArrayData.task_feature_lengths = {'inputs': 8, 'targets': 8}
+train.progress = False
+PROMPT_LENGTH = 3
+TRAIN_STEPS_RELATIVE = None
+TRAIN_STEPS = None
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, tiny_vocabulary):
+  """A base checkpoint, token arrays, texts and gin files."""
+  folder = tmp_path_factory.mktemp('mains')
+  config = network.T5Config(256, 16, 2, 8, 32, 1, 1)
+  model = model_lib.EncoderDecoderModel(config)
+  for name, seed in (('base', 0), ('other', 1)):
+    params = jax.jit(model.init_params)(jax.random.key(seed))
+    save_base(folder / name, params, BASE_STEP)
+  vocabulary = load_vocabulary(tiny_vocabulary)
+  documents = [vocabulary.encode('the film was good and i saw it twice')] * 40
+  write_token_arrays(folder / 'arrays', documents, vocabulary)
+  (folder / 'model.gin').write_text(MODEL)
+  (folder / 'train.gin').write_text(TRAIN)
+  (folder / 'texts.txt').write_text('the film was good\ndull\n')
+  save_prompt(folder / 'wide', np.ones((3, 24), np.float32), {})
+  save_prompt(folder / 'long', np.ones((7, 16), np.float32), {})
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  yield
+  gin.clear_config()
+
+
+def bind(**macros):
+  return [f'--gin.{name}={value!r}' for name, value in macros.items()]
+
+
+def train_arguments(folder, model_dir, *more, **macros):
+  macros = {
+    'INITIAL_CHECKPOINT_PATH': str(folder / 'base'),
+    'TOKEN_ARRAYS': str(folder / 'arrays'),
+    'MODEL_DIR': str(model_dir),
+  } | macros
+  files = [f'--gin_file={folder / name}.gin' for name in ('model', 'train')]
+  return ['train', *files, *bind(**macros), *more]
+
+
+def infer_arguments(folder, output, vocabulary, *more, **macros):
+  macros = {
+    'INITIAL_CHECKPOINT_PATH': str(folder / 'base'),
+    'VOCABULARY': vocabulary,
+    'INPUT_FILE': str(folder / 'texts.txt'),
+    'OUTPUT_FILE': str(output),
+  } | macros
+  files = [f'--gin_file={folder}/model.gin', '--gin_file=runs/infer.gin']
+  labels = ["--gin.infer.labels=['good', 'dull']"]
+  return ['infer', *files, *labels, *bind(**macros), *more]
+
+
+@pytest.fixture(scope='module')
+def run(folder):
+  """The MODEL_DIR of two steps of prompt tuning, by the command."""
+  model_dir = folder / 'run'
+  arguments = train_arguments(folder, model_dir, TRAIN_STEPS_RELATIVE=2)
+  assert cli.main(arguments) == 0
+  gin.clear_config()
+  return model_dir
+
+
+def test_train_leaves_a_prompt_with_its_facts(run):
+  table, facts = load_prompt(run / 'prompt')
+  assert table.shape == (1, 3, 16)
+  assert facts['step'] == BASE_STEP + 2
+  assert len(facts['base_fingerprint']) == 16
+
+
+def test_train_writes_the_whole_configuration(run):
+  text = (run / 'config.gin').read_text()
+  assert 'PROMPT_LENGTH = 3' in text
+  assert 'T5Config.dropout_rate = 0.0' in text  # a default
+
+
+def test_the_written_configuration_is_the_same_run(run, folder, tmp_path):
+  text = (run / 'config.gin').read_text()
+  (tmp_path / 'again.gin').write_text(text)
+  arguments = ['train', f'--gin_file={tmp_path}/again.gin']
+  assert cli.main([*arguments, *bind(MODEL_DIR=str(tmp_path / 'run'))]) == 0
+  np.testing.assert_array_equal(
+    load_prompt(tmp_path / 'run' / 'prompt')[0], load_prompt(run / 'prompt')[0]
+  )
+
+
+def test_export_writes_the_prompt_of_a_run(run, tmp_path, capsys):
+  arguments = ['export', '--gin_file=runs/export.gin']
+  macros = {'MODEL_DIR': str(run), 'EXPORT_DIR': str(tmp_path / 'out')}
+  assert cli.main([*arguments, *bind(**macros)]) == 0
+  assert json.loads(capsys.readouterr().out)['shape'] == [1, 3, 16]
+  for name in ('prompt.npy', 'prompt.safetensors'):
+    np.testing.assert_array_equal(
+      load_prompt(tmp_path / 'out' / name)[0], load_prompt(run / 'prompt')[0]
+    )
+
+
+def test_an_exported_prompt_starts_another_run(run, folder, tmp_path):
+  """With a learning rate of 0 and no decay it comes out as it went in."""
+  arguments = train_arguments(
+    folder,
+    tmp_path / 'run',
+    '--gin_file=prompts/from_file.gin',
+    '--gin.train.learning_rate=0.0',
+    TRAIN_STEPS_RELATIVE=1,
+    PROMPT_FILE=str(run / 'prompt' / 'prompt.npy'),
+  )
+  assert cli.main(arguments) == 0
+  np.testing.assert_array_equal(
+    load_prompt(tmp_path / 'run' / 'prompt')[0], load_prompt(run / 'prompt')[0]
+  )
+
+
+def test_infer_reads_texts_and_writes_json(
+  run, folder, tiny_vocabulary, tmp_path
+):
+  output = tmp_path / 'out.jsonl'
+  arguments = infer_arguments(
+    folder, output, tiny_vocabulary, PROMPT_FILE=str(run / 'prompt')
+  )
+  assert cli.main(arguments) == 0
+  records = [json.loads(line) for line in output.read_text().splitlines()]
+  assert [r['input'] for r in records] == ['the film was good', 'dull']
+  assert set(records[0]['scores']) == {'good', 'dull'}
+
+
+def test_infer_works_without_a_prompt(folder, tiny_vocabulary, tmp_path):
+  output = tmp_path / 'out.jsonl'
+  more = ['--gin.infer.prompt=None']
+  assert cli.main(infer_arguments(folder, output, tiny_vocabulary, *more)) == 0
+  assert len(output.read_text().splitlines()) == 2
+
+
+def fault(capsys, arguments, code=1):
+  """The one line that a faulty command prints."""
+  capsys.readouterr()
+  assert cli.main(arguments) == code
+  printed = capsys.readouterr()
+  assert re.fullmatch(r'error: .+\n', printed.err), printed.err
+  assert printed.out == ''
+  return printed.err
+
+
+@pytest.mark.parametrize(
+  'macros, more, words',
+  [
+    (
+      {'INITIAL_CHECKPOINT_PATH': '/none'},
+      [],
+      ['no checkpoint /none'],
+    ),
+    ({}, ['--gin.T5Config.emb_dim=24'], ['embed 16, the model needs 24']),
+    ({'TOKEN_ARRAYS': '/none'}, [], ['/none']),
+    ({'TRAIN_STEPS': 2, 'TRAIN_STEPS_RELATIVE': None}, [], ['not beyond']),
+    ({'TRAIN_STEPS_RELATIVE': None}, [], ['TRAIN_STEPS_RELATIVE']),
+    ({'TRAIN_STEPS': 99}, [], ['TRAIN_STEPS_RELATIVE', 'TRAIN_STEPS']),
+    ({}, ["--gin.train.trained=('prompts',)"], ["'prompts'"]),
+    ({}, ["--gin.Prompt.placement='front'"], ['placement', 'front']),
+    ({}, ['--gin.T5Config.vocab_size=20'], ['vocab']),
+    ({}, ["--gin.T5Config.remat_policy='al'"], ['remat_policy', "'al'"]),
+    ({}, ['--gin.T5Config.mlp_activations=("gel",)'], ['mlp_activations']),
+    ({'MODEL_DIR': '/proc/none'}, [], ['/proc/none']),
+  ],
+)
+def test_train_says_what_is_wrong_in_one_line(
+  folder, tmp_path, capsys, macros, more, words
+):
+  macros = {'TRAIN_STEPS_RELATIVE': 2} | macros
+  model_dir = macros.pop('MODEL_DIR', tmp_path / 'run')
+  arguments = train_arguments(folder, model_dir, *more, **macros)
+  message = fault(capsys, arguments)
+  for word in words:
+    assert word in message
+  assert not (tmp_path / 'run' / 'config.gin').exists()
+
+
+@pytest.mark.parametrize(
+  'name, words',
+  [
+    ('wide', 'has embed 24, the model needs 16'),
+    ('long', 'has length 7, the model needs 3: bind PROMPT_LENGTH = 7'),
+    ('none', 'no prompt at'),
+  ],
+)
+def test_a_prompt_file_of_another_shape_is_refused(
+  folder, tmp_path, capsys, name, words
+):
+  arguments = train_arguments(
+    folder,
+    tmp_path / 'run',
+    '--gin_file=prompts/from_file.gin',
+    TRAIN_STEPS_RELATIVE=1,
+    PROMPT_FILE=str(folder / name),
+  )
+  assert words in fault(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+  'macros, more, words',
+  [
+    ({'PROMPT_FILE': 'wide'}, [], 'has embed 24, the model needs 16'),
+    ({'INPUT_FILE': '/none.txt'}, [], '/none.txt cannot be read'),
+    ({'VOCABULARY': '/none'}, [], 'vocabulary /none'),
+    ({'OUTPUT_FILE': '/proc/none/out'}, [], '/proc/none/out cannot'),
+    ({}, ["--gin.infer.labels=['good']"], 'two strings or more'),
+    ({}, ['--gin.infer.batch_size=0'], 'batch_size must be 1 or more'),
+    ({}, ['--gin.infer.prompt_index=4'], 'numbered from 0'),
+    ({}, ["--gin.infer.template='{q}'"], 'texts.txt:1 has no field q'),
+  ],
+)
+def test_infer_says_what_is_wrong_in_one_line(
+  folder, tiny_vocabulary, tmp_path, capsys, macros, more, words
+):
+  macros = {'PROMPT_FILE': 'long'} | macros
+  macros['PROMPT_FILE'] = str(folder / macros['PROMPT_FILE'])
+  output = tmp_path / 'out.jsonl'
+  output.write_text('earlier')
+  arguments = infer_arguments(folder, output, tiny_vocabulary, *more, **macros)
+  assert words in fault(capsys, arguments)
+  assert output.read_text() == 'earlier'
+  assert not list(tmp_path.glob('*.partial'))
+
+
+def test_a_prompt_of_another_base_is_refused(
+  run, folder, tiny_vocabulary, tmp_path, capsys
+):
+  arguments = infer_arguments(
+    folder,
+    tmp_path / 'out',
+    tiny_vocabulary,
+    PROMPT_FILE=str(run / 'prompt'),
+    INITIAL_CHECKPOINT_PATH=str(folder / 'other'),
+  )
+  message = fault(capsys, arguments)
+  assert 'was trained on' in message and str(folder / 'other') in message
+
+
+def test_another_run_in_the_same_folder_is_refused_and_leaves_it_intact(
+  run, folder, capsys
+):
+  before = (run / 'config.gin').read_text()
+  arguments = train_arguments(
+    folder, run, TRAIN_STEPS_RELATIVE=9, PROMPT_LENGTH=5
+  )
+  assert 'MODEL_DIR' in fault(capsys, arguments)
+  assert (run / 'config.gin').read_text() == before
+  assert load_prompt(run / 'prompt')[0].shape == (1, 3, 16)
+
+
+@pytest.mark.parametrize(
+  'flags, words',
+  [
+    ([], 'is not bound'),
+    (['--gin.MODEL_DIRS="x"'], 'did you mean MODEL_DIR?'),
+    (['--gin.train.leaning_rate=1.0'], 'did you mean learning_rate?'),
+    (['--gin.train.learning_rate="x"'], 'learning_rate'),
+    (['--gin.MODEL_DIR=/tmp/x'], 'no quotes'),
+    (['--gin_file=runs/prompt_tun.gin'], 'did you mean runs/prompt_tune.gin?'),
+    (['--model_dir=x'], 'is not a flag'),
+  ],
+)
+def test_faults_of_usage_have_exit_code_two(folder, capsys, flags, words):
+  files = [f'--gin_file={folder / name}.gin' for name in ('model', 'train')]
+  message = fault(capsys, ['train', *files, *flags], code=2)
+  assert words in message
+
+
+def test_export_of_no_run_is_told(folder, tmp_path, capsys):
+  arguments = ['export', '--gin_file=runs/export.gin']
+  macros = {'MODEL_DIR': str(tmp_path), 'EXPORT_DIR': str(tmp_path / 'out')}
+  message = fault(capsys, [*arguments, *bind(**macros)])
+  assert 'no complete checkpoint' in message
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_help_shows_an_example(name, capsys):
+  assert cli.main([name, '--help']) == 0
+  assert f'prompt-tuning {name} \\' in capsys.readouterr().out
+
+
+def test_the_console_command_names_its_commands(capsys):
+  assert cli.main(['--help']) == 0
+  assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+  assert cli.main([]) == 2
+  assert cli.main(['--version']) == 0
+  capsys.readouterr()
+  assert cli.main(['trian']) == 2
+  assert 'did you mean train?' in capsys.readouterr().err
