@@ -6,7 +6,7 @@ Files are read into a list of bindings first, checked as a whole (so that their
 order cannot matter) and handed to gin in sorted order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import copy
 import dataclasses
 import difflib
@@ -399,14 +399,16 @@ class _Usage:
       if b.key not in self.used
       and (b.key not in excused or b.where.startswith('--'))
     ]
+    spare = {str(b): b.where for b in unused if not b.parameter}
     for macro, by in sorted(self.wanted.items()):
-      spare = {str(b): b.where for b in unused if not b.parameter}
-      close = difflib.get_close_matches(macro, spare, n=1)
+      close = difflib.get_close_matches(macro, spare, n=1, cutoff=0.7)
       if close:
         raise ConfigurationError(
           f'{close[0]} is bound by {spare[close[0]]} but nothing uses it, and '
           f'%{macro}, needed by {by}, is not bound: did you mean {macro}?'
         )
+    if self.wanted:
+      macro, by = min(self.wanted.items())
       raise ConfigurationError(
         f'%{macro} is not bound, needed by {by}: give --gin.{macro}=...'
         + _shipped_with(('', macro, ''))
@@ -466,9 +468,7 @@ class _Usage:
         self.visited.add((macro, '%'))
         self.used.add(target.key)
         # gin evaluates a macro's value in the scope of the macro's name.
-        self._follow(
-          target.value, (*reference.scopes, reference.name), target
-        )
+        self._follow(target.value, (*reference.scopes, reference.name), target)
 
   def _literal(self, value: Any, depth: int = 0) -> Any:
     """The value with a macro at its top replaced; macros may chain."""
@@ -714,9 +714,6 @@ def _type_hints(target: Any) -> dict[str, Any]:
     return {}
 
 
-_CHECKED_TYPES = (bool, int, float, str, type(None))
-
-
 def _fits(value: Any, hint: Any) -> bool:
   """False only where a literal surely has the wrong type."""
   if any(True for _ in _references(value)):
@@ -724,15 +721,25 @@ def _fits(value: Any, hint: Any) -> bool:
   origin = typing.get_origin(hint)
   if origin in (typing.Union, types.UnionType):
     return any(_fits(value, choice) for choice in typing.get_args(hint))
+  if origin is typing.Literal:
+    return value in typing.get_args(hint)
   if hint is bool or hint is str or hint is type(None):
     return isinstance(value, hint)
   if hint is int:
     return isinstance(value, int) and not isinstance(value, bool)
   if hint is float:
     return isinstance(value, int | float) and not isinstance(value, bool)
-  if inspect.isclass(origin) and issubclass(origin, Sequence):
+  if hint is Callable or origin is Callable:
+    return False
+  kind = origin or hint
+  if not inspect.isclass(kind):
+    return True
+  if issubclass(kind, Mapping):
+    return isinstance(value, dict)
+  if issubclass(kind, Sequence):
     return isinstance(value, list | tuple)
-  return True
+  # A class of ours is given by @reference, never by a literal.
+  return not kind.__module__.startswith('prompt_tuning.')
 
 
 def _describe(hint: Any) -> str:
@@ -740,14 +747,28 @@ def _describe(hint: Any) -> str:
   origin = typing.get_origin(hint)
   if origin in (typing.Union, types.UnionType):
     return ' or '.join(_describe(choice) for choice in typing.get_args(hint))
-  if hint is type(None):
-    return 'None'
-  return {
-    bool: 'True or False',
-    int: 'a whole number',
-    float: 'a number',
-    str: 'a string',
-  }.get(hint) or str(hint).replace('typing.', '')
+  if origin is typing.Literal:
+    return ' or '.join(repr(choice) for choice in typing.get_args(hint))
+  if hint is Callable or origin is Callable:
+    return 'a function (@name)'
+  if hint in _WORDS:
+    return _WORDS[hint]
+  kind = origin or hint
+  if inspect.isclass(kind) and issubclass(kind, Mapping):
+    return 'a dictionary'
+  if inspect.isclass(kind) and issubclass(kind, Sequence):
+    return 'a list'
+  return f'@{hint.__name__}()' if inspect.isclass(hint) else str(hint)
+
+
+_WORDS = {
+  type(None): 'None',
+  bool: 'True or False',
+  int: 'a whole number',
+  float: 'a number',
+  str: 'a string',
+  os.PathLike: 'a path',
+}
 
 
 def _nearest(name: str, choices: Sequence[str]) -> str:
@@ -764,6 +785,7 @@ def _shipped_with(key: tuple[str, str, str]) -> str:
     name = path.relative_to(own).as_posix()
     if any(b.key == key for b in _bindings_in(path.read_text(), name)):
       files.append(name)
-  return f' or --gin_file={files[0]}' + (
-    f' (or {", ".join(files[1:4])})' if files[1:] else ''
-  ) if files else ''
+  if not files:
+    return ''
+  others = f' (or {", ".join(files[1:4])})' if files[1:] else ''
+  return f' or --gin_file={files[0]}{others}'

@@ -14,6 +14,7 @@ empty line between documents, which `scripts/prepare_corpus.py` reads.
 
 import argparse
 import bz2
+from collections.abc import Iterator
 import concurrent.futures
 import gzip
 import hashlib
@@ -24,7 +25,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 # The most frequent words of English prose: a paragraph with too few of them
 # is code, a table, a list of names or another language.
@@ -101,12 +101,11 @@ def markup_paragraphs(text: str) -> Iterator[str]:
 
 
 def plain_paragraphs(text: str) -> Iterator[str]:
-  """Blocks of lines between empty lines; indented code is left to the filter."""
+  """Blocks of lines between empty lines, without the mark of a list."""
   for block in re.split(r'\n[ \t\r]*\n', text):
     # A hyphen at the end of a line joins the word that it split.
-    yield re.sub(r'(?<=[a-z])-\n\s*(?=[a-z])', '', block).lstrip(
-      ' \t\n-*o.0123456789)'
-    )
+    block = re.sub(r'(?<=[a-z])-\n\s*(?=[a-z])', '', block)
+    yield re.sub(r'^\s*(?:[-*o•]|\d{1,2}[.)])\s+', '', block)
 
 
 def quoted_paragraphs(text: str) -> Iterator[str]:
@@ -334,6 +333,70 @@ def process(
   return source, documents
 
 
+def write_text(
+  output: pathlib.Path,
+  packages: list[str],
+  work_dir: str,
+  limit: int,
+  processes: int,
+) -> list[tuple[dict, float]]:
+  """Writes the text of all packages; returns each source and its MB kept.
+
+  The file appears under its name only once it is complete.
+  """
+  opener = {'.gz': gzip.open, '.xz': lzma.open}.get(output.suffix, open)
+  partial = output.with_name(output.name + '.partial')
+  rows, seen = [], set()
+  with (
+    concurrent.futures.ProcessPoolExecutor(processes) as pool,
+    opener(partial, 'wt', encoding='utf-8') as out,
+  ):
+    count = len(packages)
+    for source, documents in pool.map(
+      process, packages, [work_dir] * count, [limit] * count
+    ):
+      size = 0
+      for document in documents:
+        # Packages quote one another: a paragraph is kept the first time only.
+        lines = [text for text in document if not _seen(text, seen)]
+        if sum(map(len, lines)) >= 200:
+          out.write('\n'.join(lines) + '\n\n')
+          size += sum(map(len, lines))
+      rows.append((source, size / 1e6))
+      print(
+        f'{source["package"]:28} {size / 1e6:7.2f} MB',
+        file=sys.stderr,
+        flush=True,
+      )
+  partial.rename(output)
+  return rows
+
+
+def _seen(text: str, digests: set[bytes]) -> bool:
+  """True for a text whose letters came before; remembers those that did not."""
+  digest = hashlib.blake2b(
+    _LETTERS.sub('', text.lower()).encode(), digest_size=8
+  ).digest()
+  known = digest in digests
+  digests.add(digest)
+  return known
+
+
+def sources_table(rows: list[tuple[dict, float]]) -> str:
+  """A Markdown table of packages, versions, licences and MB of text kept."""
+  lines = [
+    '| package | version | licence, as its copyright file says | MB of text |',
+    '|---|---|---|---|',
+  ]
+  for source, size in rows:
+    lines.append(
+      f'| {source["package"]} | {source["version"]} | {source["licence"]} '
+      f'| {size:.2f} |'
+    )
+  lines.append(f'| total | | | {sum(size for _, size in rows):.2f} |')
+  return '\n'.join(lines) + '\n'
+
+
 def main(argv: list[str] | None = None) -> int:
   """Parses the command line and writes the text and the list of sources."""
   parser = argparse.ArgumentParser(
@@ -373,52 +436,19 @@ def main(argv: list[str] | None = None) -> int:
     raise SystemExit(
       'error: no package named: give --packages or --packages_file'
     )
-  packages = list(dict.fromkeys(packages))
-  limit = int(arguments.max_mb * 1e6)
-  openers = {'.gz': gzip.open, '.xz': lzma.open}
-  opener = openers.get(pathlib.Path(arguments.output).suffix, open)
-  rows, seen = [], set()
-  with (
-    concurrent.futures.ProcessPoolExecutor(arguments.processes) as pool,
-    opener(arguments.output, 'wt', encoding='utf-8') as out,
-  ):
-    results = pool.map(
-      process,
-      packages,
-      [arguments.work_dir] * len(packages),
-      [limit] * len(packages),
+  output = pathlib.Path(arguments.output)
+  try:
+    rows = write_text(
+      output,
+      list(dict.fromkeys(packages)),
+      arguments.work_dir,
+      int(arguments.max_mb * 1e6),
+      arguments.processes,
     )
-    for source, documents in results:
-      size = 0
-      for document in documents:
-        lines = []
-        for paragraph in document:
-          # Packages quote one another: keep a paragraph the first time only.
-          digest = hashlib.blake2b(
-            _LETTERS.sub('', paragraph.lower()).encode(), digest_size=8
-          ).digest()
-          if digest not in seen:
-            seen.add(digest)
-            lines.append(paragraph)
-        if sum(map(len, lines)) >= 200:
-          out.write('\n'.join(lines) + '\n\n')
-          size += sum(map(len, lines))
-      rows.append(
-        (source['package'], source['version'], source['licence'], size / 1e6)
-      )
-      print(
-        f'{source["package"]:28} {size / 1e6:7.2f} MB',
-        file=sys.stderr,
-        flush=True,
-      )
-  table = [
-    '| package | version | licence, as its copyright file says | MB of text |',
-    '|---|---|---|---|',
-  ]
-  table += [f'| {p} | {v} | {l} | {m:.2f} |' for p, v, l, m in rows]
-  table += [f'| total | | | {sum(row[3] for row in rows):.2f} |']
-  path = pathlib.Path(arguments.sources or arguments.output + '.sources.md')
-  path.write_text('\n'.join(table) + '\n', encoding='utf-8')
+    sources = pathlib.Path(arguments.sources or f'{output}.sources.md')
+    sources.write_text(sources_table(rows), encoding='utf-8')
+  except OSError as error:
+    raise SystemExit(f'error: {error}') from None
   return 0
 
 

@@ -111,7 +111,7 @@ def train_vocabulary(
     pieces: rows without the sentinels.
     sentences: how many pieces of text to train on.
     seed: of SentencePiece's random choices.
-    threads: of the training; more do not change the result.
+    threads: of the training.
   """
   lines = itertools.islice(
     (text[i : i + 400] for text in documents for i in range(0, len(text), 400)),
@@ -132,7 +132,7 @@ def train_vocabulary(
         eos_id=vocabularies.EOS_ID,
         unk_id=vocabularies.UNK_ID,
         bos_id=-1,
-        # The frozen pieces are many for 8,000 rows: numbers are spelt.
+        # Of few pieces, none go to the numbers that a text happens to have.
         split_digits=True,
         character_coverage=0.9998,
         required_chars=_REQUIRED,

@@ -25,6 +25,7 @@ FUNCTIONS = {
   'export': 'export',
 }
 
+
 @pytest.fixture(autouse=True)
 def clean_gin():
   yield

@@ -208,7 +208,7 @@ def test_a_mistyped_flag_gets_one_line_with_the_nearest_name(flag, words):
 @pytest.mark.parametrize(
   'line, words',
   [
-    ('bake.note = rye', ["bad.gin:2: no quotes", "bake.note = 'rye'"]),
+    ('bake.note = rye', ['bad.gin:2: no quotes', "bake.note = 'rye'"]),
     ('bake.note = rye bread', ["bake.note = 'rye bread'"]),
     ('bake.note = [1, 2', ['bad.gin:2', 'not valid gin']),
     ('bake.note 3', ['bad.gin:2', 'not valid gin']),

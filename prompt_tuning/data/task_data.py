@@ -98,6 +98,9 @@ class TaskData:
     lengths = check_task(
       task, self.split, self.task_feature_lengths, virtual_tokens
     )
+    if virtual_tokens is not None:
+      for index in (self.prompt_indices or {}).values():
+        virtual_tokens.ids(index)  # raises where there is no such prompt
     options = {
       'sequence_length': lengths,
       'split': self.split,
@@ -137,6 +140,10 @@ class TaskData:
   def _read(self, dataset, task):
     with reading(task, self.split):
       yield from dataset.as_numpy_iterator()
+    raise UserError(
+      f'task {task.name}, split {self.split!r}: process {self.shard_index} of'
+      f' {self.num_shards} has no examples; use fewer processes'
+    )
 
 
 def get_task(

@@ -224,17 +224,15 @@ class EncoderDecoderModel:
       )
       return logits[:, -1], updated['cache']
 
-    params = {**(self.decoder_params or {}), **(decoder_params or {})}
-    if self.decode_fn is decoding.temperature_sample:
-      params['rng'] = rng
     decodes, scores = self.decode_fn(
         start,
         cache['cache'],
         tokens_to_logits,
         eos_id=self.eos_id,
         num_decodes=num_decodes,
+        rng=rng,
         cache_batch_axis=1 if self.config.scan_layers else 0,
-        **params,
+        **{**(self.decoder_params or {}), **(decoder_params or {})},
     )
     if return_all_decodes:
       return decodes, {'scores': scores}

@@ -123,9 +123,7 @@ class Predictor:
       )
     for name in ('inputs_length', 'targets_length', 'batch_size'):
       if getattr(self, name) < 1:
-        raise UserError(
-          f'{name} must be 1 or more, got {getattr(self, name)}'
-        )
+        raise UserError(f'{name} must be 1 or more, got {getattr(self, name)}')
     if self.labels is not None and len(self.labels) < 2:
       raise UserError(
         f'labels needs two strings or more, got {list(self.labels)}'
@@ -482,3 +480,6 @@ def _output(name: str) -> Iterator[TextIO]:
     raise UserError(
       f'output file {name} cannot be written: {error.strerror}'
     ) from None
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)

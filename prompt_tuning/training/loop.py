@@ -124,6 +124,7 @@ def train(
     keep_checkpoints: int = 2,
     log_period: int = 50,
     progress: bool = True,
+    resolved_config: Callable[[], str] | None = None,
 ) -> TrainResult:
   """Trains the named collections of a model and keeps the best of them.
 
@@ -162,6 +163,7 @@ def train(
     keep_checkpoints: latest checkpoints kept.
     log_period: updates between lines of metrics.
     progress: shows progress on stderr.
+    resolved_config: gives the text of MODEL_DIR/config.gin; None writes none.
 
   Raises:
     UserError: settings contradict each other or the base, or the loss is no
@@ -217,7 +219,14 @@ def train(
       model_dir / 'checkpoints', keep=keep_checkpoints, best_metric=best_metric,
       best_mode=best_mode,
   )
-  run = _RunRecord(seed, base_info['fingerprint'])
+  run = _RunRecord(
+      seed=seed,
+      base=base_info['name'],
+      base_fingerprint=base_info['fingerprint'],
+      task=getattr(data, 'mixture_or_task_name', None),
+      placement=prompt.placement if prompt is not None else None,
+      best_metric=best_metric,
+  )
   resumed = checkpoints.latest_step()
   if resumed is not None:
     state, extra = checkpoints.restore(resumed, state)
@@ -244,6 +253,8 @@ def train(
       f' {base_info["name"]} at step {first_step:,}; {mesh.size} device(s)'
       + (f'; resumed at step {resumed:,}' if resumed is not None else '')
   )
+  if resolved_config is not None:
+    (model_dir / 'config.gin').write_text(resolved_config())
   # Trained parameters live in the state alone from here on.
   del params, variables, trainable
   scorer = None
@@ -310,7 +321,7 @@ def train(
       if done % eval_period == 0 or step == last_step:
         _require_finite(metrics, step, checkpoints)
         found = evaluate(step)
-        run.note(step, found, best_metric, best_mode)
+        run.note(step, found, best_mode)
         stopped_early = run.stale(early_stopping_patience)
         clock.take()
       improved = run.best_step == step
@@ -411,7 +422,11 @@ class _RunRecord:
   """What a checkpoint remembers of its run besides the state."""
 
   seed: int
+  base: str
   base_fingerprint: str
+  task: str | None = None
+  placement: str | None = None
+  best_metric: str | None = None
   position: int = 0  # Batches consumed.
   best_step: int | None = None
   best_value: float | None = None
@@ -421,7 +436,11 @@ class _RunRecord:
   def resume(self, extra: Mapping[str, Any], model_dir) -> '_RunRecord':
     """The record of an earlier start of this same run."""
     for name, called in (
-        ('seed', 'seed'), ('base_fingerprint', 'base (its fingerprint)')
+        ('seed', 'seed'),
+        ('base_fingerprint', 'base (its fingerprint)'),
+        ('task', 'task'),
+        ('placement', 'placement'),
+        ('best_metric', 'best_metric'),
     ):
       if extra[name] != getattr(self, name):
         raise UserError(
@@ -430,14 +449,15 @@ class _RunRecord:
             ' another MODEL_DIR'
         )
     names = {field.name for field in dataclasses.fields(self)}
-    return _RunRecord(**{k: v for k, v in extra.items() if k in names})
+    kept = {k: v for k, v in extra.items() if k in names}
+    return _RunRecord(**kept | {'base': self.base})
 
-  def note(self, step, found, best_metric, mode):
+  def note(self, step, found, mode):
     """Takes the evaluation at `step` into account."""
-    if best_metric is None:
+    if self.best_metric is None:
       self.best_metrics = dict(found)
       return
-    value = found[best_metric]
+    value = found[self.best_metric]
     sign = 1 if mode == 'max' else -1
     if self.best_value is None or sign * value > sign * self.best_value:
       self.best_step, self.best_value = step, value

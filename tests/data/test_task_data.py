@@ -174,6 +174,16 @@ def test_each_task_of_a_mixture_can_have_its_own_prompt():
   assert seen == {(500, 502), (503, 505)}
   with pytest.raises(UserError, match="index for task 'stream_b'"):
     first_batches(data('stream_mixed', prompt_indices={'stream_a': 0}), 1)
+  with pytest.raises(UserError, match='asks for prompt 2'):
+    first_batches(data(prompt_indices={'stream_a': 2}), 1)
+
+
+def test_a_process_left_without_examples_is_told_so():
+  source = dataclasses.replace(
+    data(shard_index=11, num_shards=12), batch_size=12
+  )
+  with pytest.raises(UserError, match='process 11 of 12 has no examples'):
+    first_batches(source, 1)
 
 
 def test_another_vocabulary_changes_the_ids_and_not_what_is_registered(

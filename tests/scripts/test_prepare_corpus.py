@@ -1,0 +1,272 @@
+"""Corpus preparation: documents, vocabulary, arrays, prose out of packages."""
+
+import gzip
+import importlib.util
+import lzma
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from prompt_tuning.data.token_arrays import TokenArrays
+
+SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / 'scripts'
+PROSE = (
+  'The minister said on Tuesday that the government would look at the plan '
+  'again, but that there was no money for it before the next election.'
+)
+
+
+def load(name):
+  specification = importlib.util.spec_from_file_location(
+    name, SCRIPTS / f'{name}.py'
+  )
+  module = importlib.util.module_from_spec(specification)
+  specification.loader.exec_module(module)
+  return module
+
+
+prepare_corpus = load('prepare_corpus')
+debian_text = load('debian_text')
+
+
+@pytest.fixture
+def text_file(tmp_path):
+  """40 documents of two paragraphs, of words that differ."""
+  rng = np.random.default_rng(0)
+  words = PROSE.split() + ['film', 'award', 'match', 'goal', 'share', 'price']
+  lines = []
+  for _ in range(40):
+    for _ in range(2):
+      lines.append(' '.join(rng.choice(words, 30)))
+    lines.append('')
+  path = tmp_path / 'text.txt'
+  path.write_text('\n'.join(lines))
+  return path
+
+
+def prepare(tmp_path, text_file, *more):
+  arguments = ['--texts', str(text_file), '--output', str(tmp_path / 'arrays')]
+  return prepare_corpus.main([*arguments, *map(str, more)])
+
+
+# Documents.
+
+
+def test_an_empty_line_ends_a_document(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('one\ntwo\n\n\nthree\n')
+  assert list(prepare_corpus.read_documents(str(path))) == [
+    ['one', 'two'],
+    ['three'],
+  ]
+
+
+def test_without_empty_lines_paragraphs_are_grouped(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('a\nb\nc\nd\ne\n')
+  assert list(prepare_corpus.read_documents(str(path), 2)) == [
+    ['a', 'b'],
+    ['c', 'd'],
+    ['e'],
+  ]
+
+
+@pytest.mark.parametrize(
+  ('opener', 'suffix'), [(gzip.open, '.gz'), (lzma.open, '.xz')]
+)
+def test_compressed_text_reads_like_plain(tmp_path, opener, suffix):
+  path = tmp_path / f'a.txt{suffix}'
+  with opener(path, 'wt', encoding='utf-8') as out:
+    out.write('naïve café\n')
+  assert list(prepare_corpus.read_documents(str(path))) == [['naïve café']]
+
+
+def test_shares_thin_and_repeat_with_a_fixed_seed(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('\n\n'.join(f'document {i}' for i in range(200)))
+
+  def chosen(share, seed=0):
+    return prepare_corpus.chosen_documents([str(path)], [share], 30, seed)
+
+  assert sorted(chosen(2)) == sorted(chosen(1) * 2)
+  assert 70 < len(chosen(0.5)) < 130
+  assert chosen(0.5) == chosen(0.5)
+  assert chosen(1) != chosen(1, seed=1)
+  assert set(chosen(1)) == set(chosen(1, seed=1))
+
+
+# The whole of it.
+
+
+def test_text_becomes_a_vocabulary_and_arrays(tmp_path, text_file):
+  model = tmp_path / 'vocabulary' / 'spiece.model'
+  code = prepare(
+    tmp_path, text_file, '--train_vocabulary', model, '--pieces', 160
+  )
+  assert code == 0
+  arrays = TokenArrays.open(tmp_path / 'arrays')
+  assert arrays.vocabulary.size == 260
+  assert arrays.meta['documents'] == 40
+  decoded = {
+    arrays.vocabulary.decode(arrays.tokens[begin:end])
+    for begin, end in zip(arrays.documents[:-1], arrays.documents[1:])
+  }
+  assert decoded == {
+    ' '.join(document)
+    for document in prepare_corpus.read_documents(str(text_file))
+  }
+  # The same again with the vocabulary given: the same ids.
+  shutil.move(tmp_path / 'arrays', tmp_path / 'first')
+  assert prepare(tmp_path, text_file, '--vocabulary', model) == 0
+  np.testing.assert_array_equal(
+    TokenArrays.open(tmp_path / 'arrays').tokens,
+    TokenArrays.open(tmp_path / 'first').tokens,
+  )
+
+
+@pytest.mark.parametrize(
+  ('more', 'said'),
+  [
+    (['--vocabulary', 'no_such'], 'neither a SentencePiece model'),
+    (['--train_vocabulary', 'x.model', '--shares', '1', '2'], '--shares'),
+    (['--train_vocabulary', 'x.model', '--pieces', '50000'], '50000 pieces'),
+  ],
+)
+def test_faults_are_one_line_and_leave_no_files(
+  tmp_path, text_file, capsys, monkeypatch, more, said
+):
+  monkeypatch.chdir(tmp_path)
+  assert prepare(tmp_path, text_file, *more) == 1
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith('error: ') and said in error
+  assert list(tmp_path.iterdir()) == [text_file]
+
+
+def test_a_missing_text_is_one_line(tmp_path, capsys):
+  code = prepare(tmp_path, 'absent.txt', '--train_vocabulary', 'x.model')
+  assert code == 1
+  error = capsys.readouterr().err
+  assert 'absent.txt' in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('name', ['prepare_corpus', 'debian_text'])
+def test_help_is_printed(name):
+  done = subprocess.run(
+    [sys.executable, str(SCRIPTS / f'{name}.py'), '--help'],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0 and '--output' in done.stdout
+
+
+# Prose out of packages.
+
+
+@pytest.mark.parametrize(
+  ('text', 'kept'),
+  [
+    (PROSE, True),
+    ('Too short to tell.', False),
+    (
+      'for (int i = 0; i < n; ++i) { total += values[i] * weights[i]; } ' * 3,
+      0,
+    ),
+    ('Alpha Beta Gamma Delta Epsilon Zeta Eta Theta Iota Kappa Lambda ' * 2, 0),
+    (
+      'Der Minister sagte am Dienstag, dass die Regierung den Plan noch einmal '
+      'prüfen werde, aber vor der nächsten Wahl kein Geld dafür habe.',
+      False,
+    ),
+  ],
+)
+def test_only_english_sentences_are_prose(text, kept):
+  assert debian_text.is_prose(text.strip()) == bool(kept)
+
+
+def test_markup_and_code_are_stripped():
+  page = (
+    '<html><head><title>News</title></head><body>'
+    f'<p>{PROSE.replace("government", "<b>government</b>")}</p>'
+    f'<pre>{PROSE}</pre><script>var a = "{PROSE}";</script>'
+    f'<p>{PROSE.replace("plan", "plan &amp; budget")}</p></body></html>'
+  )
+  found = [
+    text.strip()
+    for text in debian_text.markup_paragraphs(page)
+    if debian_text.is_prose(text.strip())
+  ]
+  assert found == [PROSE, PROSE.replace('plan', 'plan & budget')]
+
+
+def test_a_list_mark_goes_and_a_first_letter_stays():
+  paragraphs = debian_text.plain_paragraphs('* of late\n\n12. on time\n\nonce')
+  assert list(paragraphs) == ['of late', 'on time', 'once']
+
+
+def test_glosses_keep_their_headword():
+  entry = (
+    'football\n    n 1: any of various games played with a ball in which two '
+    'teams\n         try to score [syn: {football}, {football game}]\n'
+    '    2: the inflated oblong ball used in playing American football\n'
+  )
+  assert list(debian_text.dictionary_paragraphs(entry)) == [
+    'football: any of various games played with a ball in which two teams try '
+    'to score.',
+    'football: the inflated oblong ball used in playing American football.',
+  ]
+
+
+def test_a_package_gives_each_english_paragraph_once(tmp_path):
+  doc = tmp_path / 'usr/share/doc/news'
+  (doc / 'html/de').mkdir(parents=True)
+  fourth = PROSE.replace('Tuesday', 'Friday')
+  (doc / 'readme.txt').write_text(f'{PROSE}\n\n{fourth}\n\n{PROSE}\n\nx = 1;\n')
+  other = PROSE.replace('minister', 'prime minister')
+  third = PROSE.replace('Tuesday', 'Monday')
+  (doc / 'html/page.html').write_text(
+    f'<p>{other}</p><p>{PROSE}</p><p>{third}</p>'
+  )
+  (doc / 'html/de/page.html').write_text(f'<p>{other} Es ist so.</p>')
+  (doc / 'copyright').write_text(f'License: GPL-2+\n\n{PROSE} It is so.\n')
+  documents = debian_text.extract(tmp_path, 'news', 10**6)
+  paragraphs = [text for document in documents for text in document]
+  assert sorted(paragraphs) == sorted([PROSE, other, third, fourth])
+  assert debian_text.licences(tmp_path, 'news') == 'GPL-2+'
+
+
+@pytest.mark.skipif(
+  shutil.which('dpkg-deb') is None, reason='dpkg-deb is part of Debian'
+)
+def test_a_debian_package_becomes_text_and_a_table_of_sources(tmp_path):
+  root = tmp_path / 'root'
+  (root / 'DEBIAN').mkdir(parents=True)
+  (root / 'DEBIAN/control').write_text(
+    'Package: news-doc\nVersion: 1.5\nArchitecture: all\n'
+    'Maintainer: A B <a@example.org>\nDescription: news\n'
+  )
+  doc = root / 'usr/share/doc/news-doc'
+  doc.mkdir(parents=True)
+  other = PROSE.replace('minister', 'prime minister')
+  (doc / 'news.txt').write_text(f'{PROSE}\n\n{other}\n')
+  (doc / 'copyright').write_text('License: CC-BY-4.0\n')
+  debs = tmp_path / 'work/debs'
+  debs.mkdir(parents=True)
+  subprocess.run(
+    ['dpkg-deb', '-b', str(root), str(debs / 'news-doc_1.5_all.deb')],
+    check=True,
+    capture_output=True,
+  )
+  output = tmp_path / 'out.txt'
+  subprocess.run(
+    [sys.executable, str(SCRIPTS / 'debian_text.py'), '--packages', 'news-doc']
+    + ['--output', str(output), '--work_dir', str(tmp_path / 'work')],
+    check=True,
+    capture_output=True,
+  )
+  assert output.read_text() == f'{PROSE}\n{other}\n\n'
+  table = (tmp_path / 'out.txt.sources.md').read_text()
+  assert '| news-doc | 1.5 | CC-BY-4.0 | 0.00 |' in table
