@@ -329,7 +329,7 @@ def run_main(
   if not arguments or {'--help', '-h'} & set(arguments):
     print(inspect.cleandoc(description or '') + '\n\n' + _FLAGS_HELP)
     return 0 if arguments else 2
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   try:
     call = configure(function, parse_flags(arguments))
     settings = {}
