@@ -1,4 +1,4 @@
-"""Writes a run's prompt as prompt.npy and prompt.safetensors.
+"""Writes what a run trained: a prompt, or a model.
 
 Example, for the run that the example of `prompt-tuning train` made:
 

@@ -16,7 +16,6 @@ import sys
 import time
 
 from prompt_tuning import configuration
-from prompt_tuning import export
 from prompt_tuning import train
 from prompt_tuning.errors import UserError
 
@@ -66,7 +65,7 @@ def score(
     *MODEL,
     *TASK,
     '--gin_file=runs/eval.gin',
-    f'--gin.PROMPT_FILE={prompt!r}',
+    f'--gin.PROMPT_FILE={prompt!r}' if prompt else '--gin.evaluate.prompt=None',
     f"--gin.EVAL_OUTPUT_DIR='{output_dir}'",
     "--gin.Evaluation.split='test'",
     f'--gin.Evaluation.rank_classification={rank}',
@@ -77,6 +76,12 @@ def score(
     'evaluate', configuration.parse_flags(flags)
   )
   return evaluate()['bbc_topics/accuracy']
+
+
+def network_config():
+  """The bundled model's T5Config, from its gin file."""
+  flags = configuration.parse_flags(MODEL[:1])
+  return configuration.configure('T5Config', flags)()
 
 
 def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
@@ -114,14 +119,14 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
 
 def classify(model_dir: pathlib.Path) -> None:
   """Labels what is typed, or three sentences where nobody types."""
-  from prompt_tuning.data.bbc import LABELS
+  from prompt_tuning.data.bbc import TOPICS
   from prompt_tuning.data.vocabularies import load_vocabulary
   from prompt_tuning.interop.base_checkpoints import load_checkpoint
   from prompt_tuning.interop.prompts import load_prompt
+  from prompt_tuning.models.model import EncoderDecoderModel
   from prompt_tuning.training import inference
 
-  flags = configuration.parse_flags([*MODEL[:1]])
-  model = configuration.configure('EncoderDecoderModel', flags)()
+  model = EncoderDecoderModel(network_config())
   variables, virtual_tokens = inference.load_variables(
     model, load_checkpoint('t5_1_1_mini'), load_prompt(model_dir / 'prompt')
   )
@@ -130,7 +135,7 @@ def classify(model_dir: pathlib.Path) -> None:
     variables,
     load_vocabulary('t5_1_1_mini'),
     virtual_tokens,
-    labels=LABELS,
+    labels=TOPICS,
     batch_size=1,
   )
 
@@ -174,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
   from prompt_tuning.data import classification
+  from prompt_tuning.interop.prompts import load_prompt
   from prompt_tuning.models import network
   from prompt_tuning.training.loop import count_parameters
 
@@ -191,14 +197,12 @@ def run(options: argparse.Namespace) -> int:
     ],
     model_dir,
   )
-  _, metadata = _load_prompt(model_dir)
+  _, metadata = load_prompt(model_dir / 'prompt')
   prompt_parameters = metadata['prompt_length'] * metadata['embed']
-  flags = configuration.parse_flags(MODEL[:1])
-  model = configuration.configure('EncoderDecoderModel', flags)()
-  total = count_parameters(network.parameter_shapes(model.config))
+  total = count_parameters(network.parameter_shapes(network_config()))
 
   print('\nScoring the test split ...', flush=True)
-  majority = classification.majority_accuracy('bbc_topics', 'test')
+  majority = classification.majority_class('bbc_topics')['accuracy']
   rows = [
     ('majority class', majority, 0, ''),
     ('no prompt, labels ranked', score(folder / 'zero_shot', rank=True), 0, ''),
@@ -243,12 +247,6 @@ def run(options: argparse.Namespace) -> int:
     print(f'  {path}  {path.stat().st_size:,} bytes')
   classify(model_dir)
   return 0
-
-
-def _load_prompt(model_dir: pathlib.Path):
-  from prompt_tuning.interop.prompts import load_prompt
-
-  return load_prompt(model_dir / 'prompt')
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from prompt_tuning import configuration
 
 
 def _finish(result: Any) -> dict[str, Any]:
-  """Puts the prompt that was trained into MODEL_DIR/prompt."""
+  """Puts a prompt that was trained into MODEL_DIR/prompt."""
   summary = {'step': result.step, 'best_step': result.best_step}
   if 'prompt' in result.variables and not result.interrupted:
     from prompt_tuning.interop.export import export

@@ -1,17 +1,17 @@
-"""A prompt out of a run's checkpoints, and a prompt file into a new run."""
+"""What a run trained, as files, and a prompt file into a new run."""
 
-import json
 import os
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop import prompts
 from prompt_tuning.models.prompt import Initializer
 from prompt_tuning.training.checkpoints import Checkpoints
+from prompt_tuning.training.checkpoints import open_run
 
 # What a checkpoint remembers of its run that a prompt file repeats.
 _FACTS = ('base', 'base_fingerprint', 'task', 'placement', 'seed')
@@ -21,20 +21,25 @@ def export(
   model_dir: str | os.PathLike,
   output_dir: str | os.PathLike,
   step: int | None = None,
+  dtype: str = 'float32',
 ) -> dict[str, Any]:
-  """Writes the prompt of a run as `prompt.npy` and `prompt.safetensors`.
+  """Writes what a run trained: its prompt, its model, or both.
+
+  A prompt becomes `prompt.npy` and `prompt.safetensors`, a model
+  `model.safetensors`, which INITIAL_CHECKPOINT_PATH takes.
 
   Args:
     model_dir: of a run that trained a prompt; it may still be running.
     output_dir: gets the files.
     step: the checkpoint to take, base steps included; None takes the best one
       by the run's metric, else the newest.
+    dtype: of the model's file, 'float32' or 'bfloat16'. A prompt is float32.
 
   Returns:
-    {'step', 'shape': [K, P, E], 'files'}.
+    {'step', 'files'}, and of a prompt 'shape': [K, P, E].
 
   Raises:
-    UserError: no such run or checkpoint, or the run did not train a prompt.
+    UserError: no such run or checkpoint.
   """
   folder = pathlib.Path(model_dir).expanduser() / 'checkpoints'
   checkpoints = Checkpoints(folder, read_only=True)
@@ -49,23 +54,25 @@ def export(
     if step not in checkpoints.steps():
       step = newest
   extra = checkpoints.extra(step)
-  table = _trained(checkpoints, step).get('prompt', {}).get('table')
-  if table is None:
-    raise UserError(
-      f'the run in {model_dir} did not train a prompt; it is a base '
-      'checkpoint itself: give it as INITIAL_CHECKPOINT_PATH'
-    )
   facts = {name: extra.get(name) for name in _FACTS}
-  files = prompts.save_prompt(
-    output_dir,
-    table,
-    facts | {'step': step} | _metric(checkpoints.metrics(step), extra),
-  )
-  return {
-    'step': step,
-    'shape': list(table.shape),
-    'files': [str(file) for file in files],
-  }
+  facts |= _metric(checkpoints.metrics(step), extra)
+  written: dict[str, Any] = {'step': step, 'files': []}
+  trained = checkpoints.trained(step)
+  if 'prompt' in trained:
+    table = trained['prompt']['table']
+    written['shape'] = list(table.shape)
+    written['files'] += prompts.save_prompt(
+      output_dir, table, facts | {'step': step}
+    )
+  if 'params' in trained:
+    del trained
+    base = open_run(model_dir, step)
+    file = base_checkpoints.save_base(
+      output_dir, base.arrays, step, facts, dtype
+    )
+    written['files'].append(file)
+  written['files'] = [str(file) for file in written['files']]
+  return written
 
 
 def from_file(path: str | os.PathLike) -> Initializer:
@@ -97,22 +104,6 @@ def from_file(path: str | os.PathLike) -> Initializer:
     return jnp.asarray(table, jnp.float32)
 
   return init
-
-
-def _trained(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-  """The trained collections of a checkpoint, whatever optimiser made it."""
-  manifest = checkpoints.directory / str(step) / 'manifest.json'
-  like: dict[str, Any] = {}
-  for path, array in json.loads(manifest.read_text())['arrays'].items():
-    *parents, last = path.split('/')
-    node = like
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = jax.ShapeDtypeStruct(array['shape'], array['dtype'])
-  if 'prompt' not in like.get('trainable', {}):
-    return {}
-  state, _ = checkpoints.restore(step, like)
-  return state['trainable']
 
 
 def _metric(metrics: dict[str, float], extra: dict[str, Any]) -> dict[str, Any]:

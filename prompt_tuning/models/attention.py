@@ -13,16 +13,18 @@ from prompt_tuning.models import layers
 
 MASKED = -1e10
 
+_normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+
 
 def padding_mask(
-    query_valid: Bool[Array, 'B Q'], key_valid: Bool[Array, 'B S']
+  query_valid: Bool[Array, 'B Q'], key_valid: Bool[Array, 'B S']
 ) -> Bool[Array, 'B 1 Q S']:
   """True where a real query may look at a real key."""
   return (query_valid[:, :, None] & key_valid[:, None, :])[:, None]
 
 
 def segment_mask(
-    query_segments: Int[Array, 'B Q'], key_segments: Int[Array, 'B S']
+  query_segments: Int[Array, 'B Q'], key_segments: Int[Array, 'B S']
 ) -> Bool[Array, 'B 1 Q S']:
   """True where query and key belong to the same packed example."""
   return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
@@ -34,7 +36,7 @@ def causal_mask(length: int) -> Bool[Array, '1 1 L L']:
 
 
 class Attention(nn.Module):
-  """Attention of `inputs_q` over `inputs_kv`; kernels [E, N * D] and [N * D, E].
+  """Attention of `inputs_q` over `inputs_kv`; kernels [E, N*D] and [N*D, E].
 
   With `decode`, keys and values live in the collection `cache`. A first call
   in which the cache does not exist creates it: room for all positions of
@@ -50,31 +52,27 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      inputs_q: Float[Array, 'B Q E'],
-      inputs_kv: Float[Array, 'B S E'] | None,
-      mask: Bool[Array, '#B 1 #Q S'] | None,
-      bias: Float[Array, '1 N Q S'] | None = None,
-      *,
-      deterministic: bool,
-      decode: bool = False,
-      cache_index: Int[Array, ''] | None = None,
+    self,
+    inputs_q: Float[Array, 'B Q E'],
+    inputs_kv: Float[Array, 'B S E'] | None,
+    mask: Bool[Array, '#B 1 #Q S'] | None,
+    bias: Float[Array, '1 N Q S'] | None = None,
+    *,
+    deterministic: bool,
+    decode: bool = False,
+    cache_index: Int[Array, ''] | None = None,
   ) -> Float[Array, 'B Q E']:
     is_self = inputs_kv is None
 
-    def project(name, x, init=nn.initializers.variance_scaling(
-        1.0, 'fan_in', 'normal')):
+    def project(name, x, init=_normal):
       y = layers.Dense(
-          self.num_heads * self.head_dim, self.dtype, init, name=name
+        self.num_heads * self.head_dim, self.dtype, init, name=name
       )(x)
       return y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
 
     def query_init(key, shape, dtype=jnp.float32):
       # The 1 / sqrt(head_dim) that the scores do without.
-      normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-      return normal(key, shape, dtype) / jnp.sqrt(
-          jnp.asarray(self.head_dim, dtype)
-      )
+      return _normal(key, shape, dtype) * self.head_dim**-0.5
 
     query = project('query', inputs_q, query_init)  # [B, Q, N, D]
     keys_from = inputs_q if is_self else inputs_kv
@@ -89,10 +87,10 @@ class Attention(nn.Module):
       elif cached:
         at = (0, cache_index, 0, 0)
         key = jax.lax.dynamic_update_slice(
-            self.get_variable('cache', 'cached_key'), key, at
+          self.get_variable('cache', 'cached_key'), key, at
         )
         value = jax.lax.dynamic_update_slice(
-            self.get_variable('cache', 'cached_value'), value, at
+          self.get_variable('cache', 'cached_value'), value, at
         )
         self.put_variable('cache', 'cached_key', key)
         self.put_variable('cache', 'cached_value', value)
@@ -102,7 +100,7 @@ class Attention(nn.Module):
         self.variable('cache', 'cached_value', empty, value)
 
     scores = jnp.einsum(
-        'bqnd,bsnd->bnqs', query, key, preferred_element_type=jnp.float32
+      'bqnd,bsnd->bnqs', query, key, preferred_element_type=jnp.float32
     )
     if bias is not None:
       scores += bias
@@ -112,13 +110,13 @@ class Attention(nn.Module):
       scores += jnp.where(mask, 0.0, MASKED)
     weights = jax.nn.softmax(scores).astype(self.dtype)
     weights = layers.dropout(self.dropout_rate)(
-        weights, deterministic=deterministic
+      weights, deterministic=deterministic
     )
     mixed = jnp.einsum('bnqs,bsnd->bqnd', weights, value)
     mixed = mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim)
     return layers.Dense(
-        inputs_q.shape[-1],
-        self.dtype,
-        nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'),
-        name='out',
+      inputs_q.shape[-1],
+      self.dtype,
+      _normal,
+      name='out',
     )(mixed)

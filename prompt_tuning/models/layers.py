@@ -1,4 +1,4 @@
-"""T5's building blocks: RMS norm, dense projection, feed-forward, position bias.
+"""T5's building blocks: RMS norm, projection, feed-forward, position bias.
 
 Parameter names and shapes are those of T5X, so public checkpoints load as
 they are. No layer of T5 has a bias term.
@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # Every kernel starts with variance 1 / fan_in, as in T5X.
-kernel_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+kernel_init = nn.initializers.variance_scaling(
+  1.0, 'fan_in', 'truncated_normal'
+)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    'gelu': lambda x: nn.gelu(x, approximate=True),  # T5's is the tanh form.
-    'relu': nn.relu,
-    'silu': nn.silu,
-    'linear': lambda x: x,
+  'gelu': lambda x: nn.gelu(x, approximate=True),  # T5's is the tanh form.
+  'relu': nn.relu,
+  'silu': nn.silu,
+  'linear': lambda x: x,
 }
 
 
@@ -69,15 +71,13 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, 'B T E'], *, deterministic: bool
+    self, x: Float[Array, 'B T E'], *, deterministic: bool
   ) -> Float[Array, 'B T E']:
     embed = x.shape[-1]
     gate = None
     for i, activation in enumerate(self.activations):
       name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
-      y = ACTIVATIONS[activation](
-          Dense(self.mlp_dim, self.dtype, name=name)(x)
-      )
+      y = ACTIVATIONS[activation](Dense(self.mlp_dim, self.dtype, name=name)(x))
       gate = y if gate is None else gate * y
     gate = dropout(self.dropout_rate)(gate, deterministic=deterministic)
     return Dense(embed, self.dtype, name='wo')(gate)
@@ -89,11 +89,11 @@ def dropout(rate: float) -> nn.Dropout:
 
 
 def relative_position_bucket(
-    relative_position: Int[Array, '*S'],
-    *,
-    bidirectional: bool,
-    num_buckets: int,
-    max_distance: int,
+  relative_position: Int[Array, '*S'],
+  *,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
 ) -> Int[Array, '*S']:
   """Bucket of a relative position (key minus query), as in T5 (section 2.1).
 
@@ -128,20 +128,20 @@ class RelativePositionBias(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      query_positions: Int[Array, 'Q'],
-      key_positions: Int[Array, 'S'],
+    self,
+    query_positions: Int[Array, 'Q'],
+    key_positions: Int[Array, 'S'],
   ) -> Float[Array, '1 N Q S']:
     table = self.param(
-        'rel_embedding',
-        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
-        (self.num_heads, self.num_buckets),
+      'rel_embedding',
+      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (self.num_heads, self.num_buckets),
     )
     buckets = relative_position_bucket(
-        key_positions[None, :] - query_positions[:, None],
-        bidirectional=self.bidirectional,
-        num_buckets=self.num_buckets,
-        max_distance=self.max_distance,
+      key_positions[None, :] - query_positions[:, None],
+      bidirectional=self.bidirectional,
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
     )
     # float32, since it is added to float32 scores.
     return table.astype(jnp.float32)[None, :, buckets]

@@ -7,23 +7,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from prompt_tuning.errors import UserError
+
 Normalizer = (
-    float
-    | Literal[
-        'NUM_REAL_TARGET_TOKENS',
-        'NUM_TOTAL_TARGET_TOKENS',
-        'AVERAGE_PER_SEQUENCE',
-    ]
-    | None
+  float
+  | Literal[
+    'NUM_REAL_TARGET_TOKENS',
+    'NUM_TOTAL_TARGET_TOKENS',
+    'AVERAGE_PER_SEQUENCE',
+  ]
+  | None
 )
 
 
 def cross_entropy(
-    logits: Float[Array, 'B L V'],
-    targets: Int[Array, 'B L'],
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+  logits: Float[Array, 'B L V'],
+  targets: Int[Array, 'B L'],
+  *,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
 ) -> tuple[Float[Array, 'B L'], Float[Array, 'B L']]:
   """Cross entropy and z-loss of each token, in nats, float32.
 
@@ -46,7 +48,7 @@ def cross_entropy(
 
 
 def token_weights(
-    batch: dict[str, jax.Array], normalizer: Normalizer
+  batch: dict[str, jax.Array], normalizer: Normalizer
 ) -> Float[Array, 'B L']:
   """What each token's loss counts: its weight over the normaliser.
 
@@ -81,8 +83,8 @@ def token_weights(
       return weights / jnp.maximum(jnp.sum(weights), 1e-30)
     case float() | int():
       return weights / np.float32(normalizer)
-  raise ValueError(
-      f'loss_normalizing_factor is {normalizer!r}; it takes None, a number,'
-      ' NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS or'
-      ' AVERAGE_PER_SEQUENCE'
+  raise UserError(
+    f'loss_normalizing_factor is {normalizer!r}; it takes None, a number,'
+    ' NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS or'
+    ' AVERAGE_PER_SEQUENCE'
   )

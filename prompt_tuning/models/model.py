@@ -58,18 +58,18 @@ class EncoderDecoderModel:
     return self.module.init(rng, ids, ids, ids)['params']
 
   def logits(
-      self, variables: Variables, batch: Batch, dropout_rng=None
+    self, variables: Variables, batch: Batch, dropout_rng=None
   ) -> Float[Array, 'B L V']:
     """float32 logits of every target; dropout is on if it is given a key."""
     return self.module.apply(
-        variables,
-        batch['encoder_input_tokens'],
-        batch['decoder_input_tokens'],
-        batch['decoder_target_tokens'],
-        batch.get('encoder_segment_ids'),
-        batch.get('decoder_segment_ids'),
-        enable_dropout=dropout_rng is not None,
-        rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+      variables,
+      batch['encoder_input_tokens'],
+      batch['decoder_input_tokens'],
+      batch['decoder_target_tokens'],
+      batch.get('encoder_segment_ids'),
+      batch.get('decoder_segment_ids'),
+      enable_dropout=dropout_rng is not None,
+      rngs=None if dropout_rng is None else {'dropout': dropout_rng},
     )
 
   def token_weights(self, batch: Batch) -> Float[Array, 'B L']:
@@ -77,11 +77,11 @@ class EncoderDecoderModel:
     return losses.token_weights(batch, self.loss_normalizing_factor)
 
   def loss_fn(
-      self,
-      variables: Variables,
-      batch: Batch,
-      dropout_rng: jax.Array | None = None,
-      token_weights: Float[Array, 'B L'] | None = None,
+    self,
+    variables: Variables,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+    token_weights: Float[Array, 'B L'] | None = None,
   ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
     """The loss, z-loss included, and sums for metrics.
 
@@ -101,26 +101,26 @@ class EncoderDecoderModel:
     logits = self.logits(variables, batch, dropout_rng)
     targets = batch['decoder_target_tokens']
     token_loss, token_z_loss = losses.cross_entropy(
-        logits,
-        targets,
-        label_smoothing=self.label_smoothing,
-        z_loss=self.z_loss,
+      logits,
+      targets,
+      label_smoothing=self.label_smoothing,
+      z_loss=self.z_loss,
     )
     z_loss = jnp.sum(token_z_loss * token_weights)
     loss = jnp.sum(token_loss * token_weights) + z_loss
     counted = (token_weights > 0).astype(jnp.float32)
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return loss, {
-        'loss': loss,
-        'z_loss': z_loss,
-        'weights': jnp.sum(token_weights),
-        'cross_entropy': jnp.sum(token_loss * counted),
-        'correct': jnp.sum(correct * counted),
-        'tokens': jnp.sum(counted),
+      'loss': loss,
+      'z_loss': z_loss,
+      'weights': jnp.sum(token_weights),
+      'cross_entropy': jnp.sum(token_loss * counted),
+      'correct': jnp.sum(correct * counted),
+      'tokens': jnp.sum(counted),
     }
 
   def score_batch(
-      self, variables: Variables, batch: Batch
+    self, variables: Variables, batch: Batch
   ) -> Float[Array, 'B']:
     """Log-likelihood of each example's targets, in nats, without z-loss."""
     logits = self.logits(variables, batch)
@@ -129,10 +129,10 @@ class EncoderDecoderModel:
     return -jnp.sum(token_loss * weights, axis=-1)
 
   def rank_classify(
-      self,
-      variables: Variables,
-      batch: Batch,
-      label_tokens: Int[Array, 'C L'],
+    self,
+    variables: Variables,
+    batch: Batch,
+    label_tokens: Int[Array, 'C L'],
   ) -> Float[Array, 'B C']:
     """Log-likelihood of every label as the target of every example.
 
@@ -143,19 +143,19 @@ class EncoderDecoderModel:
     """
     inputs = batch['encoder_input_tokens']
     encoded = self.module.apply(
-        variables, inputs, method=network.Transformer.encode
+      variables, inputs, method=network.Transformer.encode
     )
 
     def score(label):  # [L]
       targets = jnp.broadcast_to(label, (inputs.shape[0], label.shape[0]))
       shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
       logits = self.module.apply(
-          variables,
-          encoded,
-          inputs,
-          shifted,
-          targets,
-          method=network.Transformer.decode,
+        variables,
+        encoded,
+        inputs,
+        shifted,
+        targets,
+        method=network.Transformer.decode,
       )
       token_loss, _ = losses.cross_entropy(logits, targets)
       return -jnp.sum(token_loss * (targets > 0).astype(jnp.float32), axis=-1)
@@ -163,15 +163,15 @@ class EncoderDecoderModel:
     return jax.lax.map(score, label_tokens).T
 
   def predict_batch_with_aux(
-      self,
-      variables: Variables,
-      batch: Batch,
-      rng: jax.Array | None = None,
-      *,
-      num_decodes: int | None = None,
-      return_all_decodes: bool = False,
-      decoder_params: Mapping | None = None,
-      prompt_with_targets: bool = False,
+    self,
+    variables: Variables,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    *,
+    num_decodes: int | None = None,
+    return_all_decodes: bool = False,
+    decoder_params: Mapping | None = None,
+    prompt_with_targets: bool = False,
   ) -> tuple[Int[Array, 'B *N L'], dict[str, Float[Array, 'B *N']]]:
     """Decodes L tokens at most, L the length of `decoder_input_tokens`.
 
@@ -195,51 +195,49 @@ class EncoderDecoderModel:
       start = jnp.zeros_like(start)
     length = start.shape[1]
     module = self.module
-    encoded = module.apply(
-        variables, inputs, method=network.Transformer.encode
-    )
+    encoded = module.apply(variables, inputs, method=network.Transformer.encode)
     # The decoder reads no encoder output after this: its cache holds the
     # projections of `encoded`, and the beams get copies of those.
     _, cache = module.apply(
-        variables,
-        encoded,
-        inputs,
-        start,
-        cache_length=length,
-        method=network.Transformer.decode,
-        mutable=['cache'],
+      variables,
+      encoded,
+      inputs,
+      start,
+      cache_length=length,
+      method=network.Transformer.decode,
+      mutable=['cache'],
     )
     inputs = jnp.repeat(inputs, num_decodes, axis=0)  # [B * N, T]
     encoded = jnp.repeat(encoded, num_decodes, axis=0)
 
     def tokens_to_logits(ids, cache):
       logits, updated = module.apply(
-          {**variables, 'cache': cache},
-          encoded,
-          inputs,
-          ids,
-          cache_length=length,
-          method=network.Transformer.decode,
-          mutable=['cache'],
+        {**variables, 'cache': cache},
+        encoded,
+        inputs,
+        ids,
+        cache_length=length,
+        method=network.Transformer.decode,
+        mutable=['cache'],
       )
       return logits[:, -1], updated['cache']
 
     decodes, scores = self.decode_fn(
-        start,
-        cache['cache'],
-        tokens_to_logits,
-        eos_id=self.eos_id,
-        num_decodes=num_decodes,
-        rng=rng,
-        cache_batch_axis=1 if self.config.scan_layers else 0,
-        **{**(self.decoder_params or {}), **(decoder_params or {})},
+      start,
+      cache['cache'],
+      tokens_to_logits,
+      eos_id=self.eos_id,
+      num_decodes=num_decodes,
+      rng=rng,
+      cache_batch_axis=1 if self.config.scan_layers else 0,
+      **{**(self.decoder_params or {}), **(decoder_params or {})},
     )
     if return_all_decodes:
       return decodes, {'scores': scores}
     return decodes[:, -1], {'scores': scores[:, -1]}
 
   def predict_batch(
-      self, variables: Variables, batch: Batch, rng: jax.Array | None = None
+    self, variables: Variables, batch: Batch, rng: jax.Array | None = None
   ) -> Int[Array, 'B L']:
     """The best sequence of each example, EOS included, then padding."""
     return self.predict_batch_with_aux(variables, batch, rng)[0]

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from prompt_tuning.errors import UserError
 from prompt_tuning.models import attention
 from prompt_tuning.models import layers
 
 REMAT_POLICIES = {
-    'none': None,
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
 
@@ -69,34 +70,34 @@ class T5Config:
   def __post_init__(self):
     for activation in self.mlp_activations:
       if activation not in layers.ACTIVATIONS:
-        raise ValueError(
-            f'mlp_activations has {activation!r}; known are'
-            f' {sorted(layers.ACTIVATIONS)}'
+        raise UserError(
+          f'mlp_activations has {activation!r}; known are'
+          f' {sorted(layers.ACTIVATIONS)}'
         )
     if self.remat_policy not in REMAT_POLICIES:
-      raise ValueError(
-          f'remat_policy is {self.remat_policy!r}; known are'
-          f' {sorted(REMAT_POLICIES)}'
+      raise UserError(
+        f'remat_policy is {self.remat_policy!r}; known are'
+        f' {sorted(REMAT_POLICIES)}'
       )
 
 
 def _attention(config: T5Config, name: str) -> attention.Attention:
   return attention.Attention(
-      config.num_heads,
-      config.head_dim,
-      config.dropout_rate,
-      config.dtype,
-      name=name,
+    config.num_heads,
+    config.head_dim,
+    config.dropout_rate,
+    config.dtype,
+    name=name,
   )
 
 
 def _mlp(config: T5Config) -> layers.MLP:
   return layers.MLP(
-      config.mlp_dim,
-      config.mlp_activations,
-      config.dropout_rate,
-      config.dtype,
-      name='mlp',
+    config.mlp_dim,
+    config.mlp_activations,
+    config.dropout_rate,
+    config.dtype,
+    name='mlp',
   )
 
 
@@ -114,7 +115,7 @@ class EncoderLayer(nn.Module):
     config, deterministic = self.config, self.deterministic
     y = layers.RMSNorm(config.dtype, name='pre_attention_layer_norm')(x)
     y = _attention(config, 'attention')(
-        y, None, mask, bias, deterministic=deterministic
+      y, None, mask, bias, deterministic=deterministic
     )
     x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
     y = layers.RMSNorm(config.dtype, name='pre_mlp_layer_norm')(x)
@@ -132,30 +133,33 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'B L E'],
-      encoded: Float[Array, 'B T E'],
-      mask,
-      bias,
-      encoder_mask,
-      cache_index,
+    self,
+    x: Float[Array, 'B L E'],
+    encoded: Float[Array, 'B T E'],
+    mask,
+    bias,
+    encoder_mask,
+    cache_index,
   ):
     config, deterministic = self.config, self.deterministic
     y = layers.RMSNorm(config.dtype, name='pre_self_attention_layer_norm')(x)
     y = _attention(config, 'self_attention')(
-        y,
-        None,
-        mask,
-        bias,
-        deterministic=deterministic,
-        decode=self.decode,
-        cache_index=cache_index,
+      y,
+      None,
+      mask,
+      bias,
+      deterministic=deterministic,
+      decode=self.decode,
+      cache_index=cache_index,
     )
     x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
     y = layers.RMSNorm(config.dtype, name='pre_cross_attention_layer_norm')(x)
     y = _attention(config, 'encoder_decoder_attention')(
-        y, encoded, encoder_mask, deterministic=deterministic,
-        decode=self.decode,
+      y,
+      encoded,
+      encoder_mask,
+      deterministic=deterministic,
+      decode=self.decode,
     )
     x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
     y = layers.RMSNorm(config.dtype, name='pre_mlp_layer_norm')(x)
@@ -165,7 +169,7 @@ class DecoderLayer(nn.Module):
 
 
 def _run_layers(
-    config: T5Config, layer: type[nn.Module], length: int, name: str, **settings
+  config: T5Config, layer: type[nn.Module], length: int, name: str, **settings
 ):
   """The stack of `length` layers as a function of (x, *broadcast arguments).
 
@@ -174,19 +178,19 @@ def _run_layers(
   """
   if config.remat_policy != 'none':
     layer = nn.remat(
-        layer,
-        policy=REMAT_POLICIES[config.remat_policy],
-        prevent_cse=not config.scan_layers,
+      layer,
+      policy=REMAT_POLICIES[config.remat_policy],
+      prevent_cse=not config.scan_layers,
     )
   if config.scan_layers:
 
     def run(x, *args):
       stack = nn.scan(
-          layer,
-          variable_axes={'params': 1, 'cache': 0},
-          split_rngs={'params': True, 'dropout': True},
-          in_axes=nn.broadcast,
-          length=length,
+        layer,
+        variable_axes={'params': 1, 'cache': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=nn.broadcast,
+        length=length,
       )
       return stack(config, **settings, name=name)(x, *args)[0]
 
@@ -202,11 +206,11 @@ def _run_layers(
 
 def _position_bias(config: T5Config, bidirectional: bool):
   return layers.RelativePositionBias(
-      config.num_heads,
-      config.num_buckets,
-      config.max_distance,
-      bidirectional,
-      name='relpos_bias',
+    config.num_heads,
+    config.num_buckets,
+    config.max_distance,
+    bidirectional,
+    name='relpos_bias',
   )
 
 
@@ -217,22 +221,22 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'B T E'],
-      mask: Bool[Array, 'B 1 T T'],
-      *,
-      deterministic: bool,
+    self,
+    x: Float[Array, 'B T E'],
+    mask: Bool[Array, 'B 1 T T'],
+    *,
+    deterministic: bool,
   ) -> Float[Array, 'B T E']:
     config = self.config
     positions = jnp.arange(x.shape[1])
     bias = _position_bias(config, True)(positions, positions)
     x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
     x = _run_layers(
-        config,
-        EncoderLayer,
-        config.num_encoder_layers,
-        'encoder',
-        deterministic=deterministic,
+      config,
+      EncoderLayer,
+      config.num_encoder_layers,
+      'encoder',
+      deterministic=deterministic,
     )(x.astype(config.dtype), mask, bias)
     x = layers.RMSNorm(config.dtype, name='encoder_norm')(x)
     return layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
@@ -248,15 +252,15 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'B L E'],
-      encoded: Float[Array, 'B T E'],
-      mask: Bool[Array, 'B 1 L L'] | None,
-      encoder_mask: Bool[Array, 'B 1 #L T'],
-      *,
-      deterministic: bool,
-      decode: bool = False,
-      cache_length: int | None = None,
+    self,
+    x: Float[Array, 'B L E'],
+    encoded: Float[Array, 'B T E'],
+    mask: Bool[Array, 'B 1 L L'] | None,
+    encoder_mask: Bool[Array, 'B 1 #L T'],
+    *,
+    deterministic: bool,
+    decode: bool = False,
+    cache_length: int | None = None,
   ) -> Float[Array, 'B L _']:
     config = self.config
     key_positions = jnp.arange(cache_length or x.shape[1])
@@ -273,12 +277,12 @@ class Decoder(nn.Module):
     bias = _position_bias(config, False)(query_positions, key_positions)
     x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
     x = _run_layers(
-        config,
-        DecoderLayer,
-        config.num_decoder_layers,
-        'decoder',
-        deterministic=deterministic,
-        decode=decode,
+      config,
+      DecoderLayer,
+      config.num_decoder_layers,
+      'decoder',
+      deterministic=deterministic,
+      decode=decode,
     )(x.astype(config.dtype), encoded, mask, bias, encoder_mask, index)
     x = layers.RMSNorm(config.dtype, name='decoder_norm')(x)
     x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
@@ -295,9 +299,9 @@ class TokenEmbedder(nn.Module):
 
   def setup(self):
     self.embedding = self.param(
-        'embedding',
-        nn.initializers.normal(1.0),
-        (self.config.vocab_size, self.config.emb_dim),
+      'embedding',
+      nn.initializers.normal(1.0),
+      (self.config.vocab_size, self.config.emb_dim),
     )
 
   def __call__(self, ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:
@@ -333,11 +337,11 @@ class Transformer(nn.Module):
     return jnp.where(is_virtual[..., None], rows @ table, tokens)
 
   def encode(
-      self,
-      encoder_input_tokens: Int[Array, 'B T'],
-      encoder_segment_ids: Int[Array, 'B T'] | None = None,
-      *,
-      enable_dropout: bool = False,
+    self,
+    encoder_input_tokens: Int[Array, 'B T'],
+    encoder_segment_ids: Int[Array, 'B T'] | None = None,
+    *,
+    enable_dropout: bool = False,
   ) -> Float[Array, 'B T E']:
     """Encoder outputs; id 0 is padding, to be looked at by no token."""
     valid = encoder_input_tokens > 0
@@ -345,22 +349,22 @@ class Transformer(nn.Module):
     if encoder_segment_ids is not None:
       mask &= attention.segment_mask(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(
-        self.embed(encoder_input_tokens),
-        mask,
-        deterministic=not enable_dropout,
+      self.embed(encoder_input_tokens),
+      mask,
+      deterministic=not enable_dropout,
     )
 
   def decode(
-      self,
-      encoded: Float[Array, 'B T E'],
-      encoder_input_tokens: Int[Array, 'B T'],
-      decoder_input_tokens: Int[Array, 'B L'],
-      decoder_target_tokens: Int[Array, 'B L'] | None = None,
-      encoder_segment_ids: Int[Array, 'B T'] | None = None,
-      decoder_segment_ids: Int[Array, 'B L'] | None = None,
-      *,
-      enable_dropout: bool = False,
-      cache_length: int | None = None,
+    self,
+    encoded: Float[Array, 'B T E'],
+    encoder_input_tokens: Int[Array, 'B T'],
+    decoder_input_tokens: Int[Array, 'B L'],
+    decoder_target_tokens: Int[Array, 'B L'] | None = None,
+    encoder_segment_ids: Int[Array, 'B T'] | None = None,
+    decoder_segment_ids: Int[Array, 'B L'] | None = None,
+    *,
+    enable_dropout: bool = False,
+    cache_length: int | None = None,
   ) -> Float[Array, 'B L V']:
     """Logits, float32.
 
@@ -387,45 +391,45 @@ class Transformer(nn.Module):
       if decoder_segment_ids is not None:
         mask &= attention.segment_mask(decoder_segment_ids, decoder_segment_ids)
         encoder_mask &= attention.segment_mask(
-            decoder_segment_ids, encoder_segment_ids
+          decoder_segment_ids, encoder_segment_ids
         )
     x = self.decoder(
-        self.token_embedder(decoder_input_tokens),
-        encoded,
-        mask,
-        encoder_mask,
-        deterministic=not enable_dropout,
-        decode=cache_length is not None,
-        cache_length=cache_length,
+      self.token_embedder(decoder_input_tokens),
+      encoded,
+      mask,
+      encoder_mask,
+      deterministic=not enable_dropout,
+      decode=cache_length is not None,
+      cache_length=cache_length,
     )
     if self.config.logits_via_embedding:
       return self.token_embedder.attend(x)
     return x
 
   def __call__(
-      self,
-      encoder_input_tokens: Int[Array, 'B T'],
-      decoder_input_tokens: Int[Array, 'B L'],
-      decoder_target_tokens: Int[Array, 'B L'],
-      encoder_segment_ids: Int[Array, 'B T'] | None = None,
-      decoder_segment_ids: Int[Array, 'B L'] | None = None,
-      *,
-      enable_dropout: bool = False,
+    self,
+    encoder_input_tokens: Int[Array, 'B T'],
+    decoder_input_tokens: Int[Array, 'B L'],
+    decoder_target_tokens: Int[Array, 'B L'],
+    encoder_segment_ids: Int[Array, 'B T'] | None = None,
+    decoder_segment_ids: Int[Array, 'B L'] | None = None,
+    *,
+    enable_dropout: bool = False,
   ) -> Float[Array, 'B L V']:
     """Logits of all targets at once (training, scoring)."""
     encoded = self.encode(
-        encoder_input_tokens,
-        encoder_segment_ids,
-        enable_dropout=enable_dropout,
+      encoder_input_tokens,
+      encoder_segment_ids,
+      enable_dropout=enable_dropout,
     )
     return self.decode(
-        encoded,
-        encoder_input_tokens,
-        decoder_input_tokens,
-        decoder_target_tokens,
-        encoder_segment_ids,
-        decoder_segment_ids,
-        enable_dropout=enable_dropout,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      enable_dropout=enable_dropout,
     )
 
 
@@ -463,6 +467,6 @@ def parameter_shapes(config: T5Config) -> dict:
   """The tree of `jax.ShapeDtypeStruct` of a network's parameters, float32."""
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables = jax.eval_shape(
-      Transformer(config).init, jax.random.key(0), ids, ids, ids
+    Transformer(config).init, jax.random.key(0), ids, ids, ids
   )
   return variables['params']

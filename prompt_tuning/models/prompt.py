@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from prompt_tuning.errors import UserError
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -43,8 +45,8 @@ def sampled_vocabulary(first: int = 5000) -> Initializer:
     num_prompts, length, _ = shape
     rows = min(first, embedding.shape[0]) or embedding.shape[0]
     drawn = [
-        jax.random.choice(key, rows, (length,), replace=length > rows)
-        for key in jax.random.split(rng, num_prompts)
+      jax.random.choice(key, rows, (length,), replace=length > rows)
+      for key in jax.random.split(rng, num_prompts)
     ]
     return jnp.take(embedding, jnp.stack(drawn), axis=0).astype(jnp.float32)
 
@@ -52,7 +54,7 @@ def sampled_vocabulary(first: int = 5000) -> Initializer:
 
 
 def _fill(
-    known: Float[Array, 'R E'], rest: Float[Array, 'K P E']
+  known: Float[Array, 'R E'], rest: Float[Array, 'K P E']
 ) -> Float[Array, 'K P E']:
   """Puts the first P known rows at the start of every prompt."""
   known = known[: rest.shape[1]].astype(jnp.float32)
@@ -60,7 +62,7 @@ def _fill(
 
 
 def class_labels(
-    words: Sequence[str] | None = None, fallback: Initializer | None = None
+  words: Sequence[str] | None = None, fallback: Initializer | None = None
 ) -> Initializer:
   """Row i is the embedding of label i, the mean of its pieces' embeddings.
 
@@ -74,16 +76,17 @@ def class_labels(
   def init(rng, shape, embedding, *, encode=None, labels=()):
     chosen = list(labels if words is None else words)
     if not chosen:
-      raise ValueError(
-          'class_labels needs labels: the task names none, so bind'
-          ' class_labels.words to a list of strings'
+      raise UserError(
+        'class_labels needs labels: the task names none, so bind'
+        ' class_labels.words to a list of strings'
       )
     if encode is None:
-      raise ValueError('class_labels needs a vocabulary to encode the labels')
-    means = [
-        jnp.mean(embedding[jnp.asarray(encode(label))], axis=0)
-        for label in chosen
-    ]
+      raise UserError('class_labels needs a vocabulary to encode the labels')
+    pieces = [encode(label) for label in chosen]
+    if not all(pieces):
+      empty = chosen[pieces.index([])]
+      raise UserError(f'class_labels has {empty!r}, a label without pieces')
+    means = [jnp.mean(embedding[jnp.asarray(ids)], axis=0) for ids in pieces]
     rest = fallback(rng, shape, embedding, encode=encode, labels=labels)
     return _fill(jnp.stack(means), rest)
 
@@ -100,8 +103,11 @@ def from_string(text: str, fallback: Initializer | None = None) -> Initializer:
 
   def init(rng, shape, embedding, *, encode=None, labels=()):
     if encode is None:
-      raise ValueError('from_string needs a vocabulary to encode its text')
-    pieces = embedding[jnp.asarray(encode(text))]
+      raise UserError('from_string needs a vocabulary to encode its text')
+    ids = encode(text)
+    if not ids:
+      raise UserError(f'from_string has {text!r}, a text without pieces')
+    pieces = embedding[jnp.asarray(ids)]
     rest = fallback(rng, shape, embedding, encode=encode, labels=labels)
     return _fill(pieces, rest)
 
@@ -123,21 +129,21 @@ class Prompt:
   length: int = 100
   num_prompts: int = 1
   initializer: Initializer = dataclasses.field(
-      default_factory=sampled_vocabulary
+    default_factory=sampled_vocabulary
   )
   placement: Literal['prefix', 'after_bos', 'suffix', 'around'] = 'prefix'
 
   def init(
-      self,
-      rng: jax.Array,
-      embedding: Float[Array, 'V E'],
-      *,
-      encode: Callable[[str], Sequence[int]] | None = None,
-      labels: Sequence[str] = (),
+    self,
+    rng: jax.Array,
+    embedding: Float[Array, 'V E'],
+    *,
+    encode: Callable[[str], Sequence[int]] | None = None,
+    labels: Sequence[str] = (),
   ) -> dict[str, Float[Array, 'K P E']]:
     """The collection `prompt` at its start: {'table': [K, P, E]}, float32."""
     shape = (self.num_prompts, self.length, embedding.shape[1])
     table = self.initializer(
-        rng, shape, embedding, encode=encode, labels=labels
+      rng, shape, embedding, encode=encode, labels=labels
     )
     return {'table': jnp.asarray(table, jnp.float32)}

@@ -211,6 +211,17 @@ class Checkpoints:
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return state, manifest['extra']
 
+  def trained(self, step: int) -> dict[str, Any]:
+    """The trained collections of a checkpoint, whatever optimiser made it."""
+    like: dict[str, Any] = {}
+    for path, array in self._required_manifest(step)['arrays'].items():
+      *parents, last = path.split('/')
+      node = like
+      for name in parents:
+        node = node.setdefault(name, {})
+      node[last] = jax.ShapeDtypeStruct(array['shape'], array['dtype'])
+    return self.restore(step, like)[0]['trainable']
+
   def wait(self) -> None:
     """Returns at once: a checkpoint is on disk when `save` returns."""
 

@@ -1,7 +1,7 @@
 """The training loop: a base, a data source and settings in; a prompt out."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import os
@@ -42,7 +42,7 @@ class TrainData(Protocol):
   vocabulary: str | None
 
   def batches(
-      self, *, virtual_tokens: VirtualTokens | None, seed: int, start: int
+    self, *, virtual_tokens: VirtualTokens | None, seed: int, start: int
   ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches, a function of seed and index; `start` are skipped."""
 
@@ -85,11 +85,11 @@ def count_parameters(tree: Any) -> int:
 
 
 def load_base(
-    model: EncoderDecoderModel,
-    base: BaseCheckpoint,
-    mesh: jax.sharding.Mesh,
-    dtype: str,
-    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+  model: EncoderDecoderModel,
+  base: BaseCheckpoint,
+  mesh: jax.sharding.Mesh,
+  dtype: str,
+  rules: partitioning.Rules = partitioning.DEFAULT_RULES,
 ) -> dict:
   """The base's parameters on the mesh, in the model's layout and `dtype`."""
   shapes = network.parameter_shapes(model.config)
@@ -98,33 +98,33 @@ def load_base(
 
 
 def train(
-    *,
-    model: EncoderDecoderModel,
-    data: TrainData,
-    model_dir: str | os.PathLike,
-    base: BaseCheckpoint | None = None,
-    prompt: Prompt | None = None,
-    trained: Sequence[str] = ('prompt',),
-    optimizer: Callable[..., optax.GradientTransformation] = optimizers.adafactor,
-    learning_rate: float | optimizers.Schedule = 0.3,
-    train_steps_relative: int | None = None,
-    train_steps: int | None = None,
-    seed: int = 0,
-    microbatches: int = 1,
-    frozen_dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    evaluation: Evaluation | None = None,
-    eval_period: int = 500,
-    validation_data: TrainData | None = None,
-    validation_batches: int = 8,
-    best_metric: str | None = None,
-    best_mode: str = 'max',
-    early_stopping_patience: int | None = None,
-    checkpoint_period: int = 1000,
-    keep_checkpoints: int = 2,
-    log_period: int = 50,
-    progress: bool = True,
-    resolved_config: Callable[[], str] | None = None,
+  *,
+  model: EncoderDecoderModel,
+  data: TrainData,
+  model_dir: str | os.PathLike,
+  base: BaseCheckpoint | None = None,
+  prompt: Prompt | None = None,
+  trained: Sequence[str] = ('prompt',),
+  optimizer: Callable[..., optax.GradientTransformation] = optimizers.adafactor,
+  learning_rate: float | optimizers.Schedule = 0.3,
+  train_steps_relative: int | None = None,
+  train_steps: int | None = None,
+  seed: int = 0,
+  microbatches: int = 1,
+  frozen_dtype: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  evaluation: Evaluation | None = None,
+  eval_period: int = 500,
+  validation_data: TrainData | None = None,
+  validation_batches: int = 8,
+  best_metric: str | None = None,
+  best_mode: str = 'max',
+  early_stopping_patience: int | None = None,
+  checkpoint_period: int = 1000,
+  keep_checkpoints: int = 2,
+  log_period: int = 50,
+  progress: bool = True,
+  resolved_config: Callable[[], str] | None = None,
 ) -> TrainResult:
   """Trains the named collections of a model and keeps the best of them.
 
@@ -170,8 +170,19 @@ def train(
       longer finite.
   """
   mesh = mesh or partitioning.make_mesh()
-  _check(model, data, base, prompt, trained, best_metric, evaluation,
-         validation_data, best_mode, microbatches, mesh)
+  _check(
+    model,
+    data,
+    base,
+    prompt,
+    trained,
+    best_metric,
+    evaluation,
+    validation_data,
+    best_mode,
+    microbatches,
+    mesh,
+  )
   first_step = base.step if base is not None else 0
   last_step = _last_step(first_step, train_steps_relative, train_steps)
   model_dir = pathlib.Path(model_dir)
@@ -192,14 +203,16 @@ def train(
     params = load_base(model, base, mesh, dtype)
   variables = {'params': params}
   base_info = {
-      'name': base.path if base is not None else 'random',
-      'fingerprint': fingerprint(params),
-      'step': first_step,
+    'name': base.path if base is not None else 'random',
+    'fingerprint': fingerprint(params),
+    'step': first_step,
   }
   if prompt is not None:
     virtual_tokens = VirtualTokens(
-        model.config.vocab_size, prompt.length, prompt.num_prompts,
-        prompt.placement,
+      model.config.vocab_size,
+      prompt.length,
+      prompt.num_prompts,
+      prompt.placement,
     )
     embedding = params['token_embedder']['embedding']
     start = _init_prompt(prompt, prompt_key, embedding, data)
@@ -209,23 +222,25 @@ def train(
 
   tx = optimizers.build_optimizer(optimizer, learning_rate, first_step)
   state = jax.jit(
-      functools.partial(TrainState.create, optimizer=tx),
-      static_argnames='initial_step',
+    functools.partial(TrainState.create, optimizer=tx),
+    static_argnames='initial_step',
   )(trainable, initial_step=first_step)
   if 'params' not in trained:
     state = jax.device_put(state, partitioning.replicated(mesh))
 
   checkpoints = Checkpoints(
-      model_dir / 'checkpoints', keep=keep_checkpoints, best_metric=best_metric,
-      best_mode=best_mode,
+    model_dir / 'checkpoints',
+    keep=keep_checkpoints,
+    best_metric=best_metric,
+    best_mode=best_mode,
   )
   run = _RunRecord(
-      seed=seed,
-      base=base_info['name'],
-      base_fingerprint=base_info['fingerprint'],
-      task=getattr(data, 'mixture_or_task_name', None),
-      placement=prompt.placement if prompt is not None else None,
-      best_metric=best_metric,
+    seed=seed,
+    base=base_info['name'],
+    base_fingerprint=base_info['fingerprint'],
+    task=getattr(data, 'mixture_or_task_name', None),
+    placement=prompt.placement if prompt is not None else None,
+    best_metric=best_metric,
   )
   resumed = checkpoints.latest_step()
   if resumed is not None:
@@ -238,7 +253,7 @@ def train(
     if callable(rate):
       rate = rate(state.step)
     new_state, metrics = pure_train_step(
-        model, tx, state, frozen, batch, run_key, microbatches=microbatches
+      model, tx, state, frozen, batch, run_key, microbatches=microbatches
     )
     metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
     return new_state, metrics
@@ -247,11 +262,11 @@ def train(
   show = Progress(last_step - first_step, int(state.step) - first_step)
   say = show.say if progress else (lambda text: None)
   say(
-      f'trained: {", ".join(trained)},'
-      f' {count_parameters(state.trainable):,} parameters; frozen:'
-      f' {count_parameters(frozen):,}; base'
-      f' {base_info["name"]} at step {first_step:,}; {mesh.size} device(s)'
-      + (f'; resumed at step {resumed:,}' if resumed is not None else '')
+    f'trained: {", ".join(trained)},'
+    f' {count_parameters(state.trainable):,} parameters; frozen:'
+    f' {count_parameters(frozen):,}; base'
+    f' {base_info["name"]} at step {first_step:,}; {mesh.size} device(s)'
+    + (f'; resumed at step {resumed:,}' if resumed is not None else '')
   )
   if resolved_config is not None:
     (model_dir / 'config.gin').write_text(resolved_config())
@@ -263,7 +278,7 @@ def train(
   validate = None
   if validation_data is not None:
     validate = _validation(
-        model, validation_data, virtual_tokens, validation_batches, mesh
+      model, validation_data, virtual_tokens, validation_batches, mesh
     )
 
   def evaluate(step):
@@ -277,20 +292,20 @@ def train(
       writer.write(step, 'eval', scores)
       found.update(scores)
     if found:
-      say(f'step {step - first_step}  ' + '  '.join(
-          f'{name} {value:.4g}' for name, value in found.items()))
+      say(
+        f'step {step - first_step}  '
+        + '  '.join(f'{name} {value:.4g}' for name, value in found.items())
+      )
     if best_metric is not None and best_metric not in found:
       raise UserError(
-          f'best_metric {best_metric!r} is not among the metrics of the'
-          f' evaluation: {", ".join(sorted(found))}'
+        f'best_metric {best_metric!r} is not among the metrics of the'
+        f' evaluation: {", ".join(sorted(found))}'
       )
     return found
 
   batches = _Prefetch(
-      data.batches(
-          virtual_tokens=virtual_tokens, seed=seed, start=run.position
-      ),
-      functools.partial(partitioning.shard_batch, mesh),
+    data.batches(virtual_tokens=virtual_tokens, seed=seed, start=run.position),
+    functools.partial(partitioning.shard_batch, mesh),
   )
   step = int(state.step)
   pending = None  # Metrics on the device, fetched one step late.
@@ -313,10 +328,14 @@ def train(
         line = _summary(metrics, clock.take())
         writer.write(step, 'train', line)
         if progress:
-          show.update(done, {
-              'loss': line['loss_per_token'], 'accuracy': line['accuracy'],
+          show.update(
+            done,
+            {
+              'loss': line['loss_per_token'],
+              'accuracy': line['accuracy'],
               'examples/s': line['examples_per_second'],
-          })
+            },
+          )
       found = None
       if done % eval_period == 0 or step == last_step:
         _require_finite(metrics, step, checkpoints)
@@ -325,8 +344,12 @@ def train(
         stopped_early = run.stale(early_stopping_patience)
         clock.take()
       improved = run.best_step == step
-      if (improved or done % checkpoint_period == 0 or step == last_step
-          or stopped_early):
+      if (
+        improved
+        or done % checkpoint_period == 0
+        or step == last_step
+        or stopped_early
+      ):
         _require_finite(metrics, step, checkpoints)
         checkpoints.save(step, state, dataclasses.asdict(run), found)
     if pending is not None:
@@ -338,69 +361,81 @@ def train(
     if interrupted:
       say(f'stopped at step {step}, saved; the same command continues')
     elif stopped_early:
-      say(f'stopped early at step {step}: {best_metric} has not improved for'
-          f' {early_stopping_patience} evaluations since step {run.best_step}')
+      say(
+        f'stopped early at step {step}: {best_metric} has not improved for'
+        f' {early_stopping_patience} evaluations since step {run.best_step}'
+      )
     best = step if run.best_step is None else run.best_step
     if best != step:
       state, _ = checkpoints.restore(best, state)
     trained_now = jax.device_get(state.trainable)
   return TrainResult(
-      step, trained_now, best, run.best_metrics, interrupted, base_info
+    step, trained_now, best, run.best_metrics, interrupted, base_info
   )
 
 
-def _check(model, data, base, prompt, trained, best_metric, evaluation,
-           validation_data, best_mode, microbatches, mesh):
+def _check(
+  model,
+  data,
+  base,
+  prompt,
+  trained,
+  best_metric,
+  evaluation,
+  validation_data,
+  best_mode,
+  microbatches,
+  mesh,
+):
   """Contradictions that would only show after minutes."""
   known = {'params': True, 'prompt': prompt is not None}
   for name in trained:
     if not known.get(name):
       needs = ' (bind train.prompt)' if name == 'prompt' else ''
       raise UserError(
-          f'trained names {name!r}, the model has'
-          f' {[k for k, v in known.items() if v]}{needs}'
+        f'trained names {name!r}, the model has'
+        f' {[k for k, v in known.items() if v]}{needs}'
       )
   if not trained:
     raise UserError("trained is empty; it takes 'prompt', 'params' or both")
   if base is None and 'params' not in trained:
     raise UserError(
-        'a frozen model needs trained parameters: give'
-        ' INITIAL_CHECKPOINT_PATH'
+      'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
     )
   if best_mode not in ('max', 'min'):
     raise UserError(f"best_mode is {best_mode!r}; it takes 'max' or 'min'")
   if best_metric and evaluation is None and validation_data is None:
     raise UserError(
-        f'best_metric {best_metric!r} needs an evaluation, and there is none'
+      f'best_metric {best_metric!r} needs an evaluation, and there is none'
     )
   of_batch = microbatches * mesh.shape['data'] * mesh.shape['fsdp']
   if data.batch_size % of_batch:
     raise UserError(
-        f'BATCH_SIZE {data.batch_size} does not divide by microbatches times'
-        f' devices that share a batch ({of_batch})'
+      f'BATCH_SIZE {data.batch_size} does not divide by microbatches times'
+      f' devices that share a batch ({of_batch})'
     )
   if data.vocabulary is not None:
     size = load_vocabulary(data.vocabulary).size
     if size > model.config.vocab_size:
       raise UserError(
-          f'vocabulary {data.vocabulary} has {size} pieces, the model has'
-          f' vocab_size {model.config.vocab_size}; give the vocabulary that'
-          ' the base was trained with'
+        f'vocabulary {data.vocabulary} has {size} pieces, the model has'
+        f' vocab_size {model.config.vocab_size}; give the vocabulary that'
+        ' the base was trained with'
       )
 
 
 def _last_step(first_step, relative, absolute):
   if (relative is None) == (absolute is None):
     raise UserError(
-        'give either TRAIN_STEPS_RELATIVE (updates of this run) or TRAIN_STEPS'
-        " (the base checkpoint's steps included)"
+      'give either TRAIN_STEPS_RELATIVE (updates of this run) or TRAIN_STEPS'
+      " (the base checkpoint's steps included)"
     )
   last = first_step + relative if absolute is None else absolute
   if last <= first_step:
     raise UserError(
-        f'TRAIN_STEPS {last} is not beyond the base checkpoint\'s step'
-        f' {first_step}; it counts the base\'s steps too, TRAIN_STEPS_RELATIVE'
-        ' counts this run\'s alone'
+      f"TRAIN_STEPS {last} is not beyond the base checkpoint's step"
+      f" {first_step}; it counts the base's steps too, TRAIN_STEPS_RELATIVE"
+      " counts this run's alone"
     )
   return last
 
@@ -409,12 +444,9 @@ def _init_prompt(prompt, key, embedding, data):
   encode = None
   if data.vocabulary is not None:
     encode = load_vocabulary(data.vocabulary).encode
-  try:
-    return prompt.init(
-        key, embedding, encode=encode, labels=data.class_labels() or ()
-    )
-  except ValueError as error:
-    raise UserError(str(error)) from error
+  return prompt.init(
+    key, embedding, encode=encode, labels=data.class_labels() or ()
+  )
 
 
 @dataclasses.dataclass
@@ -436,17 +468,17 @@ class _RunRecord:
   def resume(self, extra: Mapping[str, Any], model_dir) -> '_RunRecord':
     """The record of an earlier start of this same run."""
     for name, called in (
-        ('seed', 'seed'),
-        ('base_fingerprint', 'base (its fingerprint)'),
-        ('task', 'task'),
-        ('placement', 'placement'),
-        ('best_metric', 'best_metric'),
+      ('seed', 'seed'),
+      ('base_fingerprint', 'base (its fingerprint)'),
+      ('task', 'task'),
+      ('placement', 'placement'),
+      ('best_metric', 'best_metric'),
     ):
       if extra[name] != getattr(self, name):
         raise UserError(
-            f'MODEL_DIR {model_dir} holds a run with another {called}:'
-            f' {extra[name]}, this one has {getattr(self, name)}; choose'
-            ' another MODEL_DIR'
+          f'MODEL_DIR {model_dir} holds a run with another {called}:'
+          f' {extra[name]}, this one has {getattr(self, name)}; choose'
+          ' another MODEL_DIR'
         )
     names = {field.name for field in dataclasses.fields(self)}
     kept = {k: v for k, v in extra.items() if k in names}
@@ -520,8 +552,8 @@ class _Clock:
   def add(self, batch, waited: float):
     self._examples += batch['encoder_input_tokens'].shape[0]
     self._tokens += sum(
-        batch[name].size
-        for name in ('encoder_input_tokens', 'decoder_target_tokens')
+      batch[name].size
+      for name in ('encoder_input_tokens', 'decoder_target_tokens')
     )
     self._waited += waited
 
@@ -532,9 +564,9 @@ class _Clock:
     if hasattr(self, '_start'):
       passed = max(now - self._start, 1e-9)
       rates = {
-          'examples_per_second': self._examples / passed,
-          'tokens_per_second': self._tokens / passed,
-          'input_wait_share': self._waited / passed,
+        'examples_per_second': self._examples / passed,
+        'tokens_per_second': self._tokens / passed,
+        'input_wait_share': self._waited / passed,
       }
     self._start, self._examples, self._tokens, self._waited = now, 0, 0, 0.0
     return rates
@@ -562,11 +594,14 @@ def _require_finite(metrics, step, checkpoints):
   if not np.isfinite(jax.device_get(metrics['loss'])):
     checkpoints.wait()
     last = checkpoints.latest_step()
-    kept = 'no checkpoint was saved yet' if last is None else (
-        f'the checkpoint of step {last} is kept')
+    kept = (
+      'no checkpoint was saved yet'
+      if last is None
+      else (f'the checkpoint of step {last} is kept')
+    )
     raise UserError(
-        f'the loss is not finite at step {step}; {kept}; lower the learning'
-        ' rate or look at the data'
+      f'the loss is not finite at step {step}; {kept}; lower the learning'
+      ' rate or look at the data'
     )
 
 
@@ -574,22 +609,28 @@ def _per_token(sums) -> dict[str, float]:
   sums = {name: float(x) for name, x in jax.device_get(sums).items()}
   tokens = max(sums['tokens'], 1.0)
   return {
-      'loss_per_token': sums['cross_entropy'] / tokens,
-      'accuracy': sums['correct'] / tokens,
-      'tokens': sums['tokens'],
+    'loss_per_token': sums['cross_entropy'] / tokens,
+    'accuracy': sums['correct'] / tokens,
+    'tokens': sums['tokens'],
   }
 
 
 def _summary(metrics, rates) -> dict[str, float]:
   metrics = jax.device_get(metrics)
   kept = (
-      'loss', 'z_loss', 'learning_rate', 'gradient_norm', 'update_norm',
-      'trained_norm',
+    'loss',
+    'z_loss',
+    'learning_rate',
+    'gradient_norm',
+    'update_norm',
+    'trained_norm',
   )
   return {
-      **_per_token({k: metrics[k] for k in ('cross_entropy', 'correct', 'tokens')}),
-      **{name: float(metrics[name]) for name in kept},
-      **rates,
+    **_per_token(
+      {k: metrics[k] for k in ('cross_entropy', 'correct', 'tokens')}
+    ),
+    **{name: float(metrics[name]) for name in kept},
+    **rates,
   }
 
 
@@ -597,7 +638,7 @@ def _validation(model, data, virtual_tokens, num_batches, mesh):
   """A function of the variables: mean loss per token of fixed batches."""
   batches = data.batches(virtual_tokens=virtual_tokens, seed=0, start=0)
   fixed = [
-      partitioning.shard_batch(mesh, next(batches)) for _ in range(num_batches)
+    partitioning.shard_batch(mesh, next(batches)) for _ in range(num_batches)
   ]
   loss_fn = jax.jit(lambda variables, batch: model.loss_fn(variables, batch)[1])
 
@@ -605,11 +646,11 @@ def _validation(model, data, virtual_tokens, num_batches, mesh):
     sums = [jax.device_get(loss_fn(variables, batch)) for batch in fixed]
     total = jax.tree.map(lambda *x: np.sum(x), *sums)
     found = _per_token(
-        {k: total[k] for k in ('cross_entropy', 'correct', 'tokens')}
+      {k: total[k] for k in ('cross_entropy', 'correct', 'tokens')}
     )
     return {
-        'validation/loss': found['loss_per_token'],
-        'validation/accuracy': found['accuracy'],
+      'validation/loss': found['loss_per_token'],
+      'validation/accuracy': found['accuracy'],
     }
 
   return validate

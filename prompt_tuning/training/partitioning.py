@@ -25,33 +25,33 @@ BATCH_AXES = ('data', 'fsdp')
 
 Rules = Sequence[tuple[str, str | None]]
 DEFAULT_RULES: Rules = (
-    ('vocab', 'model'),
-    ('mlp', 'model'),
-    ('joined_kv', 'model'),
-    ('heads', 'model'),
-    ('embed', 'fsdp'),
-    ('relpos_buckets', None),
-    ('layers', None),
+  ('vocab', 'model'),
+  ('mlp', 'model'),
+  ('joined_kv', 'model'),
+  ('heads', 'model'),
+  ('embed', 'fsdp'),
+  ('relpos_buckets', None),
+  ('layers', None),
 )
 
 _KERNEL_AXES = {
-    'query': ('embed', 'joined_kv'),
-    'key': ('embed', 'joined_kv'),
-    'value': ('embed', 'joined_kv'),
-    'out': ('joined_kv', 'embed'),
-    'wi': ('embed', 'mlp'),
-    'wi_0': ('embed', 'mlp'),
-    'wi_1': ('embed', 'mlp'),
-    'wo': ('mlp', 'embed'),
-    'logits_dense': ('embed', 'vocab'),
+  'query': ('embed', 'joined_kv'),
+  'key': ('embed', 'joined_kv'),
+  'value': ('embed', 'joined_kv'),
+  'out': ('joined_kv', 'embed'),
+  'wi': ('embed', 'mlp'),
+  'wi_0': ('embed', 'mlp'),
+  'wi_1': ('embed', 'mlp'),
+  'wo': ('mlp', 'embed'),
+  'logits_dense': ('embed', 'vocab'),
 }
 
 
 def make_mesh(
-    data: int = -1,
-    fsdp: int = 1,
-    model: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+  data: int = -1,
+  fsdp: int = 1,
+  model: int = 1,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh with the axes data, fsdp and model; one -1 takes what is left."""
   devices = jax.devices() if devices is None else devices
@@ -59,15 +59,15 @@ def make_mesh(
   fixed = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes:
     raise UserError(
-        f'a mesh has positive sizes and at most one -1, got data={data},'
-        f' fsdp={fsdp}, model={model}'
+      f'a mesh has positive sizes and at most one -1, got data={data},'
+      f' fsdp={fsdp}, model={model}'
     )
   if -1 in sizes:
     sizes[sizes.index(-1)] = len(devices) // fixed
   if math.prod(sizes) != len(devices):
     raise UserError(
-        f'a mesh of data={data}, fsdp={fsdp}, model={model} does not fit'
-        f' {len(devices)} devices'
+      f'a mesh of data={data}, fsdp={fsdp}, model={model} does not fit'
+      f' {len(devices)} devices'
     )
   return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
@@ -90,7 +90,7 @@ def logical_axes(path: Sequence[str], ndim: int) -> tuple[str, ...]:
 
 
 def param_shardings(
-    mesh: Mesh, shapes: Mapping[str, Any], rules: Rules = DEFAULT_RULES
+  mesh: Mesh, shapes: Mapping[str, Any], rules: Rules = DEFAULT_RULES
 ) -> dict:
   """The tree of shardings for a tree of parameters or their shapes.
 
@@ -102,14 +102,14 @@ def param_shardings(
   for path, value in traverse_util.flatten_dict(shapes).items():
     spec = []
     for name, size in zip(
-        logical_axes(path, len(value.shape)), value.shape, strict=True
+      logical_axes(path, len(value.shape)), value.shape, strict=True
     ):
       axis = mesh_axis.get(name)
       if axis is not None and size % mesh.shape[axis]:
         raise UserError(
-            f'{"/".join(path)} has {size} {name}, which {mesh.shape[axis]}'
-            f' devices on mesh axis {axis} do not divide; choose a smaller'
-            f' {axis} or bind another rule for {name}'
+          f'{"/".join(path)} has {size} {name}, which {mesh.shape[axis]}'
+          f' devices on mesh axis {axis} do not divide; choose a smaller'
+          f' {axis} or bind another rule for {name}'
         )
       spec.append(axis)
     shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
@@ -127,11 +127,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(
-    mesh: Mesh, batch: Mapping[str, np.ndarray]
+  mesh: Mesh, batch: Mapping[str, np.ndarray]
 ) -> dict[str, jax.Array]:
   """This process's examples as its part of global arrays."""
   sharding = batch_sharding(mesh)
   return {
-      name: jax.make_array_from_process_local_data(sharding, value)
-      for name, value in batch.items()
+    name: jax.make_array_from_process_local_data(sharding, value)
+    for name, value in batch.items()
   }

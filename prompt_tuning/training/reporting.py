@@ -27,7 +27,7 @@ class MetricsWriter:
       self._drop_after(first_step)
     self._file = self.path.open('a')
     self._tensorboard = tensorboardX.SummaryWriter(
-        str(folder / 'tensorboard'), purge_step=first_step + 1
+      str(folder / 'tensorboard'), purge_step=first_step + 1
     )
 
   def _drop_after(self, step: int):

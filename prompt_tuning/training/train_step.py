@@ -13,14 +13,14 @@ from prompt_tuning.training.train_state import TrainState
 
 
 def train_step(
-    model: EncoderDecoderModel,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Mapping[str, dict],
-    batch: Batch,
-    rng: jax.Array,
-    *,
-    microbatches: int = 1,
+  model: EncoderDecoderModel,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  frozen: Mapping[str, dict],
+  batch: Batch,
+  rng: jax.Array,
+  *,
+  microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, '']]]:
   """Gradient of the trained collections alone, and the optimiser's update.
 
@@ -51,7 +51,7 @@ def train_step(
     (_, sums), grads = grad_fn(state.trainable, *whole, rng)
   else:
     parts = jax.tree.map(
-        lambda x: x.reshape(microbatches, -1, *x.shape[1:]), whole
+      lambda x: x.reshape(microbatches, -1, *x.shape[1:]), whole
     )
 
     def add_part(total, part):
@@ -62,16 +62,16 @@ def train_step(
     first = jax.tree.map(lambda x: x[0], parts)
     (_, shapes), grad_shapes = jax.eval_shape(grad_fn, state.trainable, *first)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), (shapes, grad_shapes)
+      lambda x: jnp.zeros(x.shape, x.dtype), (shapes, grad_shapes)
     )
     (sums, grads), _ = jax.lax.scan(add_part, zeros, parts)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   metrics = {
-      **sums,
-      'gradient_norm': optax.tree.norm(grads),
-      'update_norm': optax.tree.norm(updates),
-      'trained_norm': optax.tree.norm(trainable),
+    **sums,
+    'gradient_norm': optax.tree.norm(grads),
+    'update_norm': optax.tree.norm(updates),
+    'trained_norm': optax.tree.norm(trainable),
   }
   return TrainState(state.step + 1, trainable, opt_state), metrics

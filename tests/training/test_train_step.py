@@ -71,7 +71,9 @@ def step(trained=('prompt',), model=MODEL, optimizer=None, **settings):
 def test_only_the_prompt_changes():
   state, frozen, new, _ = step()
   assert set(new.trainable) == {'prompt'} and set(frozen) == {'params'}
-  moved = np.abs(new.trainable['prompt']['table'] - state.trainable['prompt']['table'])
+  moved = np.abs(
+    new.trainable['prompt']['table'] - state.trainable['prompt']['table']
+  )
   assert (moved > 0).all()
   # Nothing of T5's shapes is in the state: no value, no optimiser state.
   allowed = {(), (1, P, CONFIG.emb_dim)}
@@ -117,7 +119,9 @@ def test_the_gradient_is_that_of_finite_differences():
   loss = jax.jit(
     lambda t: MODEL.loss_fn({**variables(), 'prompt': {'table': t}}, batch())[0]
   )
-  slope = (loss(start + 1e-2 * direction) - loss(start - 1e-2 * direction)) / 2e-2
+  slope = (
+    loss(start + 1e-2 * direction) - loss(start - 1e-2 * direction)
+  ) / 2e-2
   np.testing.assert_allclose(jnp.vdot(gradient, direction), slope, rtol=2e-3)
   np.testing.assert_allclose(metrics['loss'], loss(start), rtol=1e-6)
   np.testing.assert_allclose(
