@@ -32,7 +32,7 @@ from prompt_tuning.training.checkpoints import load_params
 from prompt_tuning.training.reporting import MetricsWriter
 from prompt_tuning.training.reporting import Progress
 from prompt_tuning.training.train_state import TrainState
-from prompt_tuning.training.train_step import train_step as pure_train_step
+from prompt_tuning.training.train_step import train_step
 
 
 class TrainData(Protocol):
@@ -68,7 +68,6 @@ class TrainResult:
     best_step: step of `variables`.
     metrics: the last evaluation of `variables`, 'task/metric' -> value.
     interrupted: the run was asked to stop (SIGTERM) before its last step.
-    base: name and fingerprint of the base.
   """
 
   step: int
@@ -76,7 +75,6 @@ class TrainResult:
   best_step: int
   metrics: dict[str, float]
   interrupted: bool
-  base: dict[str, Any]
 
 
 def count_parameters(tree: Any) -> int:
@@ -170,19 +168,13 @@ def train(
       longer finite.
   """
   mesh = mesh or partitioning.make_mesh()
-  _check(
-    model,
-    data,
-    base,
-    prompt,
-    trained,
-    best_metric,
-    evaluation,
-    validation_data,
-    best_mode,
-    microbatches,
-    mesh,
-  )
+  if best_mode not in ('max', 'min'):
+    raise UserError(f"best_mode is {best_mode!r}; it takes 'max' or 'min'")
+  if best_metric and evaluation is None and validation_data is None:
+    raise UserError(
+      f'best_metric {best_metric!r} needs an evaluation, and there is none'
+    )
+  _check(model, data, base, prompt, trained, microbatches, mesh)
   first_step = base.step if base is not None else 0
   last_step = _last_step(first_step, train_steps_relative, train_steps)
   model_dir = pathlib.Path(model_dir)
@@ -190,41 +182,27 @@ def train(
     model_dir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f'MODEL_DIR {model_dir} cannot be made: {error}') from error
-  if frozen_dtype is None:
-    frozen_dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
-  init_key, prompt_key, run_key = jax.random.split(jax.random.key(seed), 3)
-  virtual_tokens = None
-  if base is None:
-    params = model.init_params(init_key)
-    params = jax.device_put(params, partitioning.param_shardings(mesh, params))
-  else:
-    dtype = 'float32' if 'params' in trained else frozen_dtype
-    params = load_base(model, base, mesh, dtype)
-  variables = {'params': params}
-  base_info = {
-    'name': base.path if base is not None else 'random',
-    'fingerprint': fingerprint(params),
-    'step': first_step,
-  }
-  if prompt is not None:
-    virtual_tokens = VirtualTokens(
-      model.config.vocab_size,
-      prompt.length,
-      prompt.num_prompts,
-      prompt.placement,
-    )
-    embedding = params['token_embedder']['embedding']
-    start = _init_prompt(prompt, prompt_key, embedding, data)
-    variables['prompt'] = jax.device_put(start, partitioning.replicated(mesh))
-  trainable = {name: variables[name] for name in trained}
+  init_key, run_key = jax.random.split(jax.random.key(seed))
+  variables = _initial_variables(
+    model, data, base, prompt, trained, init_key, frozen_dtype, mesh
+  )
+  run = _RunRecord(
+    seed=seed,
+    base=base.path if base is not None else 'random parameters',
+    base_fingerprint=fingerprint(variables['params']),
+    task=getattr(data, 'mixture_or_task_name', None),
+    placement=prompt.placement if prompt is not None else None,
+    best_metric=best_metric,
+  )
   frozen = {k: v for k, v in variables.items() if k not in trained}
-
   tx = optimizers.build_optimizer(optimizer, learning_rate, first_step)
+  # Out of one compiled function: its outputs are buffers of their own, which
+  # the first step may take over (`variables` goes).
   state = jax.jit(
     functools.partial(TrainState.create, optimizer=tx),
     static_argnames='initial_step',
-  )(trainable, initial_step=first_step)
+  )({name: variables.pop(name) for name in trained}, initial_step=first_step)
   if 'params' not in trained:
     state = jax.device_put(state, partitioning.replicated(mesh))
 
@@ -234,159 +212,155 @@ def train(
     best_metric=best_metric,
     best_mode=best_mode,
   )
-  run = _RunRecord(
-    seed=seed,
-    base=base_info['name'],
-    base_fingerprint=base_info['fingerprint'],
-    task=getattr(data, 'mixture_or_task_name', None),
-    placement=prompt.placement if prompt is not None else None,
-    best_metric=best_metric,
-  )
   resumed = checkpoints.latest_step()
   if resumed is not None:
     state, extra = checkpoints.restore(resumed, state)
     run = run.resume(extra, model_dir)
+  step = int(state.step)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step_fn(state, frozen, batch):
     rate = learning_rate
     if callable(rate):
       rate = rate(state.step)
-    new_state, metrics = pure_train_step(
+    new_state, metrics = train_step(
       model, tx, state, frozen, batch, run_key, microbatches=microbatches
     )
     metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
     return new_state, metrics
 
-  writer = MetricsWriter(model_dir, int(state.step))
-  show = Progress(last_step - first_step, int(state.step) - first_step)
-  say = show.say if progress else (lambda text: None)
-  say(
+  writer = MetricsWriter(model_dir, step)
+  show = Progress(
+    last_step - first_step, step - first_step, silent=not progress
+  )
+  show.say(
     f'trained: {", ".join(trained)},'
     f' {count_parameters(state.trainable):,} parameters; frozen:'
-    f' {count_parameters(frozen):,}; base'
-    f' {base_info["name"]} at step {first_step:,}; {mesh.size} device(s)'
+    f' {count_parameters(frozen):,}; base {run.base} at step {first_step:,};'
+    f' {mesh.size} device(s)'
     + (f'; resumed at step {resumed:,}' if resumed is not None else '')
   )
   if resolved_config is not None:
     (model_dir / 'config.gin').write_text(resolved_config())
-  # Trained parameters live in the state alone from here on.
-  del params, variables, trainable
-  scorer = None
-  if evaluation is not None:
-    scorer = evaluation.build(model, virtual_tokens, model_dir / 'eval')
-  validate = None
+  virtual_tokens = _virtual_tokens(model, prompt)
+  evaluators = {}
   if validation_data is not None:
-    validate = _validation(
+    evaluators['validation'] = _Validation(
       model, validation_data, virtual_tokens, validation_batches, mesh
     )
-
-  def evaluate(step):
-    current = {**frozen, **state.trainable}
-    found = {}
-    if validate is not None:
-      found.update(validate(current))
-      writer.write(step, 'validation', found)
-    if scorer is not None:
-      scores = scorer.evaluate(current, step)
-      writer.write(step, 'eval', scores)
-      found.update(scores)
-    if found:
-      say(
-        f'step {step - first_step}  '
-        + '  '.join(f'{name} {value:.4g}' for name, value in found.items())
-      )
-    if best_metric is not None and best_metric not in found:
-      raise UserError(
-        f'best_metric {best_metric!r} is not among the metrics of the'
-        f' evaluation: {", ".join(sorted(found))}'
-      )
-    return found
-
+  if evaluation is not None:
+    evaluators['eval'] = evaluation.build(
+      model, virtual_tokens, model_dir / 'eval'
+    )
   batches = _Prefetch(
     data.batches(virtual_tokens=virtual_tokens, seed=seed, start=run.position),
     functools.partial(partitioning.shard_batch, mesh),
   )
-  step = int(state.step)
   pending = None  # Metrics on the device, fetched one step late.
   clock = _Clock()
-  stopped_early = run.stale(early_stopping_patience)
+  ended = step >= last_step or run.stale(early_stopping_patience)
   with _StopSignal() as stop, _closing(batches, writer, checkpoints):
-    while step < last_step and not stopped_early and not stop.requested:
+    while not ended and not stop.requested:
       batch, waited = batches.next()
       clock.add(batch, waited)
       with jax.transfer_guard('disallow'):
         state, metrics = step_fn(state, frozen, batch)
       step += 1
       run.position += 1
+      done = step - first_step
       if pending is not None:
         _require_finite(pending, step - 1, checkpoints)
       pending = metrics
-      done = step - first_step
-      if done % log_period == 0 or step == last_step:
-        _require_finite(metrics, step, checkpoints)
+      ended = step == last_step
+
+      if ended or done % log_period == 0:
         line = _summary(metrics, clock.take())
         writer.write(step, 'train', line)
-        if progress:
-          show.update(
-            done,
-            {
-              'loss': line['loss_per_token'],
-              'accuracy': line['accuracy'],
-              'examples/s': line['examples_per_second'],
-            },
-          )
+        show.update(done, line)
       found = None
-      if done % eval_period == 0 or step == last_step:
+      if evaluators and (ended or done % eval_period == 0):
         _require_finite(metrics, step, checkpoints)
-        found = evaluate(step)
+        variables = {**frozen, **state.trainable}
+        found = {}
+        for split, evaluator in evaluators.items():
+          scores = evaluator.evaluate(variables, step)
+          writer.write(step, split, scores)
+          found |= scores
+        show.say(
+          f'step {done}  '
+          + '  '.join(f'{name} {value:.4g}' for name, value in found.items())
+        )
         run.note(step, found, best_mode)
-        stopped_early = run.stale(early_stopping_patience)
+        ended |= run.stale(early_stopping_patience)
         clock.take()
-      improved = run.best_step == step
-      if (
-        improved
-        or done % checkpoint_period == 0
-        or step == last_step
-        or stopped_early
-      ):
+      if ended or done % checkpoint_period == 0 or run.best_step == step:
         _require_finite(metrics, step, checkpoints)
         checkpoints.save(step, state, dataclasses.asdict(run), found)
-    if pending is not None:
+    if not ended and pending is not None:
       _require_finite(pending, step, checkpoints)
-      if checkpoints.latest_step() != step:
-        checkpoints.save(step, state, dataclasses.asdict(run), None)
+      checkpoints.save(step, state, dataclasses.asdict(run))
     checkpoints.wait()
-    interrupted = stop.requested and step < last_step
-    if interrupted:
-      say(f'stopped at step {step}, saved; the same command continues')
-    elif stopped_early:
-      say(
+    if not ended:
+      show.say(f'stopped at step {step}, saved; the same command continues')
+    elif step < last_step:
+      show.say(
         f'stopped early at step {step}: {best_metric} has not improved for'
         f' {early_stopping_patience} evaluations since step {run.best_step}'
       )
     best = step if run.best_step is None else run.best_step
     if best != step:
       state, _ = checkpoints.restore(best, state)
-    trained_now = jax.device_get(state.trainable)
-  return TrainResult(
-    step, trained_now, best, run.best_metrics, interrupted, base_info
+    return TrainResult(
+      step=step,
+      variables=jax.device_get(state.trainable),
+      best_step=best,
+      metrics=run.best_metrics,
+      interrupted=not ended,
+    )
+
+
+def _virtual_tokens(model, prompt) -> VirtualTokens | None:
+  if prompt is None:
+    return None
+  return VirtualTokens(
+    first_id=model.config.vocab_size,
+    length=prompt.length,
+    num_prompts=prompt.num_prompts,
+    placement=prompt.placement,
   )
 
 
-def _check(
-  model,
-  data,
-  base,
-  prompt,
-  trained,
-  best_metric,
-  evaluation,
-  validation_data,
-  best_mode,
-  microbatches,
-  mesh,
-):
+def _initial_variables(
+  model, data, base, prompt, trained, key, frozen_dtype, mesh
+) -> dict[str, dict]:
+  """All collections of the network at step 0 of this run, on the mesh."""
+  params_key, prompt_key = jax.random.split(key)
+  if base is None:
+    params = model.init_params(params_key)
+    params = jax.device_put(params, partitioning.param_shardings(mesh, params))
+  else:
+    dtype = frozen_dtype
+    if dtype is None:
+      dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    if 'params' in trained:
+      dtype = 'float32'
+    params = load_base(model, base, mesh, dtype)
+  if prompt is None:
+    return {'params': params}
+  encode = None
+  if data.vocabulary is not None:
+    encode = load_vocabulary(data.vocabulary).encode
+  start = prompt.init(
+    prompt_key,
+    params['token_embedder']['embedding'],
+    encode=encode,
+    labels=data.class_labels() or (),
+  )
+  start = jax.device_put(start, partitioning.replicated(mesh))
+  return {'params': params, 'prompt': start}
+
+
+def _check(model, data, base, prompt, trained, microbatches, mesh):
   """Contradictions that would only show after minutes."""
   known = {'params': True, 'prompt': prompt is not None}
   for name in trained:
@@ -401,12 +375,6 @@ def _check(
   if base is None and 'params' not in trained:
     raise UserError(
       'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
-    )
-  if best_mode not in ('max', 'min'):
-    raise UserError(f"best_mode is {best_mode!r}; it takes 'max' or 'min'")
-  if best_metric and evaluation is None and validation_data is None:
-    raise UserError(
-      f'best_metric {best_metric!r} needs an evaluation, and there is none'
     )
   of_batch = microbatches * mesh.shape['data'] * mesh.shape['fsdp']
   if data.batch_size % of_batch:
@@ -438,15 +406,6 @@ def _last_step(first_step, relative, absolute):
       " counts this run's alone"
     )
   return last
-
-
-def _init_prompt(prompt, key, embedding, data):
-  encode = None
-  if data.vocabulary is not None:
-    encode = load_vocabulary(data.vocabulary).encode
-  return prompt.init(
-    key, embedding, encode=encode, labels=data.class_labels() or ()
-  )
 
 
 @dataclasses.dataclass
@@ -489,6 +448,11 @@ class _RunRecord:
     if self.best_metric is None:
       self.best_metrics = dict(found)
       return
+    if self.best_metric not in found:
+      raise UserError(
+        f'best_metric {self.best_metric!r} is not among the metrics of the'
+        f' evaluation: {", ".join(sorted(found))}'
+      )
     value = found[self.best_metric]
     sign = 1 if mode == 'max' else -1
     if self.best_value is None or sign * value > sign * self.best_value:
@@ -606,12 +570,10 @@ def _require_finite(metrics, step, checkpoints):
 
 
 def _per_token(sums) -> dict[str, float]:
-  sums = {name: float(x) for name, x in jax.device_get(sums).items()}
-  tokens = max(sums['tokens'], 1.0)
+  tokens = max(float(sums['tokens']), 1.0)
   return {
-    'loss_per_token': sums['cross_entropy'] / tokens,
-    'accuracy': sums['correct'] / tokens,
-    'tokens': sums['tokens'],
+    'loss_per_token': float(sums['cross_entropy']) / tokens,
+    'accuracy': float(sums['correct']) / tokens,
   }
 
 
@@ -620,40 +582,38 @@ def _summary(metrics, rates) -> dict[str, float]:
   kept = (
     'loss',
     'z_loss',
+    'tokens',
     'learning_rate',
     'gradient_norm',
     'update_norm',
     'trained_norm',
   )
-  return {
-    **_per_token(
-      {k: metrics[k] for k in ('cross_entropy', 'correct', 'tokens')}
-    ),
-    **{name: float(metrics[name]) for name in kept},
-    **rates,
-  }
+  values = {name: float(metrics[name]) for name in kept}
+  return _per_token(metrics) | values | rates
 
 
-def _validation(model, data, virtual_tokens, num_batches, mesh):
-  """A function of the variables: mean loss per token of fixed batches."""
-  batches = data.batches(virtual_tokens=virtual_tokens, seed=0, start=0)
-  fixed = [
-    partitioning.shard_batch(mesh, next(batches)) for _ in range(num_batches)
-  ]
-  loss_fn = jax.jit(lambda variables, batch: model.loss_fn(variables, batch)[1])
+class _Validation:
+  """Mean loss per token of a few fixed batches."""
 
-  def validate(variables):
-    sums = [jax.device_get(loss_fn(variables, batch)) for batch in fixed]
-    total = jax.tree.map(lambda *x: np.sum(x), *sums)
-    found = _per_token(
-      {k: total[k] for k in ('cross_entropy', 'correct', 'tokens')}
+  def __init__(self, model, data, virtual_tokens, num_batches, mesh):
+    batches = data.batches(virtual_tokens=virtual_tokens, seed=0, start=0)
+    self._batches = [
+      partitioning.shard_batch(mesh, next(batches)) for _ in range(num_batches)
+    ]
+    self._sums = jax.jit(
+      lambda variables, batch: model.loss_fn(variables, batch)[1]
     )
-    return {
-      'validation/loss': found['loss_per_token'],
-      'validation/accuracy': found['accuracy'],
-    }
 
-  return validate
+  def evaluate(self, variables, step: int) -> dict[str, float]:
+    del step
+    sums = [
+      jax.device_get(self._sums(variables, batch)) for batch in self._batches
+    ]
+    total = _per_token(jax.tree.map(lambda *x: sum(x), *sums))
+    return {
+      'validation/loss': total['loss_per_token'],
+      'validation/accuracy': total['accuracy'],
+    }
 
 
 @contextlib.contextmanager

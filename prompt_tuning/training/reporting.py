@@ -47,7 +47,8 @@ class MetricsWriter:
     self._file.write(line + '\n')
     self._file.flush()
     for name, value in metrics.items():
-      self._tensorboard.add_scalar(f'{split}/{name}', value, step)
+      tag = name if '/' in name else f'{split}/{name}'
+      self._tensorboard.add_scalar(tag, value, step)
 
   def close(self):
     self._file.close()
@@ -57,7 +58,15 @@ class MetricsWriter:
 class Progress:
   """One live line on a terminal, plain lines elsewhere."""
 
-  def __init__(self, total: int, done: int = 0, stream: TextIO | None = None):
+  def __init__(
+    self,
+    total: int,
+    done: int = 0,
+    stream: TextIO | None = None,
+    silent: bool = False,
+  ):
+    """Expects `total` steps, of which `done` were done before this start."""
+    self._silent = silent
     self._stream = stream or sys.stderr
     self._total = total
     self._start_done = done
@@ -65,11 +74,17 @@ class Progress:
     self._live = False
 
   def update(self, done: int, metrics: Mapping[str, float]):
-    """Shows steps done of this run, the metrics given and the time left."""
+    """Shows steps done, the main metrics of training and the time left."""
+    if self._silent:
+      return
     passed = time.monotonic() - self._start
     steps = max(done - self._start_done, 1)
     left = duration(passed / steps * (self._total - done))
-    shown = '  '.join(f'{k} {v:.4g}' for k, v in metrics.items())
+    shown = (
+      f'loss {metrics["loss_per_token"]:.4g}'
+      f'  accuracy {metrics["accuracy"]:.4g}'
+      f'  examples/s {metrics["examples_per_second"]:.4g}'
+    )
     line = f'step {done}/{self._total}  {shown}  ETA {left}'
     if self._stream.isatty():
       self._stream.write(f'\r{line}\x1b[K')
@@ -80,6 +95,8 @@ class Progress:
 
   def say(self, text: str):
     """A line that stays."""
+    if self._silent:
+      return
     if self._live:
       self._stream.write('\n')
       self._live = False
