@@ -17,13 +17,20 @@ Example, for the prompt that the example of `prompt-tuning train` made:
 """
 
 from collections.abc import Sequence
+import json
 import sys
+from typing import Any
 
 from prompt_tuning import configuration
 
 
+def _finish(result: dict[str, Any]) -> None:
+  """The summary to stderr: stdout may be the output file."""
+  print(json.dumps(result), file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-  return configuration.run_main('infer', arguments, __doc__)
+  return configuration.run_main('infer', arguments, __doc__, _finish)
 
 
 if __name__ == '__main__':

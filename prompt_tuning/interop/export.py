@@ -11,6 +11,7 @@ from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop import prompts
 from prompt_tuning.models.prompt import Initializer
 from prompt_tuning.training.checkpoints import Checkpoints
+from prompt_tuning.training.checkpoints import fingerprint
 from prompt_tuning.training.checkpoints import open_run
 
 # What a checkpoint remembers of its run that a prompt file repeats.
@@ -29,7 +30,7 @@ def export(
   `model.safetensors`, which INITIAL_CHECKPOINT_PATH takes.
 
   Args:
-    model_dir: of a run that trained a prompt; it may still be running.
+    model_dir: of a run; it may still be running.
     output_dir: gets the files.
     step: the checkpoint to take, base steps included; None takes the best one
       by the run's metric, else the newest.
@@ -55,9 +56,17 @@ def export(
       step = newest
   extra = checkpoints.extra(step)
   facts = {name: extra.get(name) for name in _FACTS}
+  lengths = extra.get('task_feature_lengths') or {}
+  facts |= {f'{name}_length': length for name, length in lengths.items()}
   facts |= _metric(checkpoints.metrics(step), extra)
   written: dict[str, Any] = {'step': step, 'files': []}
   trained = checkpoints.trained(step)
+  if 'params' in trained:
+    # The prompt belongs to the model it was trained with, not to its start.
+    facts |= {
+      'base': str(output_dir),
+      'base_fingerprint': fingerprint(trained['params']),
+    }
   if 'prompt' in trained:
     table = trained['prompt']['table']
     written['shape'] = list(table.shape)

@@ -29,6 +29,8 @@ _NUMBERS = {
   'prompt_length': int,
   'embed': int,
   'step': int,
+  'inputs_length': int,
+  'targets_length': int,
   'metric_value': float,
 }
 

@@ -37,6 +37,18 @@ _STATE = 'state'
 
 logger = logging.getLogger(__name__)
 
+STORAGE_DTYPES = ('float32', 'bfloat16')
+
+
+def frozen_dtype(dtype: str | None = None) -> str:
+  """How frozen weights are stored: as asked, else as the backend likes it.
+
+  bfloat16 on accelerators, float32 on CPU, where bfloat16 is slow.
+  """
+  if dtype is not None:
+    return dtype
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
 
 class Checkpoints:
   """The checkpoints of one run, under one folder.
@@ -153,14 +165,14 @@ class Checkpoints:
     return None
 
   def best_step(self) -> int | None:
-    """The step with the best `best_metric`, the newest of equals."""
+    """The step with the best `best_metric`, the earliest of equals."""
     sign = 1 if self._best_mode == 'max' else -1
     found = []
     for step in self.steps():
       value = self.metrics(step).get(self._best_metric)
       if value is not None and math.isfinite(value):
-        found.append((sign * value, step))
-    return max(found)[1] if found else None
+        found.append((sign * value, -step))
+    return -max(found)[1] if found else None
 
   def metrics(self, step: int) -> dict[str, float]:
     """The metrics saved with a step."""
@@ -221,9 +233,6 @@ class Checkpoints:
         node = node.setdefault(name, {})
       node[last] = jax.ShapeDtypeStruct(array['shape'], array['dtype'])
     return self.restore(step, like)[0]['trainable']
-
-  def wait(self) -> None:
-    """Returns at once: a checkpoint is on disk when `save` returns."""
 
   def close(self) -> None:
     """Releases orbax's threads."""
@@ -401,6 +410,10 @@ def load_params(
   if shardings is not None:
     flat_shardings = _flatten_params(shardings)
   loaded = {}
+  if dtype is not None and dtype not in STORAGE_DTYPES:
+    raise UserError(
+      f'weights are stored as {" or ".join(STORAGE_DTYPES)}, got {dtype!r}'
+    )
   for path, spec in wanted.items():
     # One host copy at a time: each array is on its device before the next.
     array = np.asarray(found.pop(path))

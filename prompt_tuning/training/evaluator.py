@@ -101,8 +101,11 @@ class Evaluator:
       provider,
       evaluation.split,
       evaluation.task_feature_lengths,
-      virtual_tokens,
+      rows=model.config.vocab_size,
     )
+    for index in (evaluation.prompt_indices or {}).values():
+      if virtual_tokens is not None:
+        virtual_tokens.ids(index)  # UserError where there is no such prompt
     sampled = evaluation.num_examples is not None
     if sampled:
       task_data.require_shuffling(provider)

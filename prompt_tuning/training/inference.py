@@ -36,7 +36,7 @@ def load_variables(
   base: checkpoints.BaseCheckpoint,
   prompt: tuple[Float[np.ndarray, 'K P E'], Mapping[str, Any]] | None = None,
   *,
-  dtype: str = 'float32',
+  dtype: str | None = None,
   check_fingerprint: bool = True,
 ) -> tuple[dict[str, dict], virtual_tokens_lib.VirtualTokens | None]:
   """The model's variables from a base checkpoint and a prompt on disk.
@@ -45,7 +45,8 @@ def load_variables(
     model: what the variables are for.
     base: as `load_checkpoint` gives it.
     prompt: (table, metadata) as `load_prompt` gives them; None for none.
-    dtype: of the frozen weights; the prompt stays float32.
+    dtype: of the frozen weights, as in training: None is bfloat16 on
+      accelerators, float32 on CPU. The prompt stays float32.
     check_fingerprint: refuse a prompt that was trained on another base.
 
   Returns:
@@ -56,7 +57,9 @@ def load_variables(
     UserError: base or prompt do not fit the model, or each other.
   """
   like = jax.eval_shape(model.init_params, jax.random.key(0))
-  params = checkpoints.load_params(base, like, dtype=dtype)
+  params = checkpoints.load_params(
+    base, like, dtype=checkpoints.frozen_dtype(dtype)
+  )
   if prompt is None:
     return {'params': params}, None
   table, metadata = prompt
@@ -252,12 +255,12 @@ def infer(
   input_format: str | None = None,
   columns: Sequence[str] | None = None,
   labels: Sequence[str] | None = None,
-  inputs_length: int = 512,
-  targets_length: int = 32,
+  inputs_length: int | None = None,
+  targets_length: int | None = None,
   batch_size: int = 32,
   prompt_index: int = 0,
   seed: int = 0,
-  dtype: str = 'float32',
+  dtype: str | None = None,
   check_fingerprint: bool = True,
 ) -> dict[str, int]:
   """Predicts for every record of a file and writes JSONL.
@@ -274,12 +277,13 @@ def infer(
     input_format: 'jsonl', 'tsv' or 'text'; None goes by the file's ending.
     columns: the names of a TSV's columns; None reads its first line as such.
     labels: see `Predictor`, as all that follow.
-    inputs_length: ids of a text.
-    targets_length: ids of a prediction.
+    inputs_length: ids of a text; None takes what the prompt's file says it
+      was trained with, else 512.
+    targets_length: ids of a prediction; None likewise, else 32.
     batch_size: texts that run at once.
     prompt_index: which prompt of the table.
     seed: of decoding, where it samples.
-    dtype: of the frozen weights.
+    dtype: of the frozen weights; None: see `load_variables`.
     check_fingerprint: refuse a prompt that was trained on another base.
 
   Returns:
@@ -306,14 +310,15 @@ def infer(
     variables, virtual_tokens = load_variables(
       model, base, prompt, dtype=dtype, check_fingerprint=check_fingerprint
     )
+    trained = prompt[1] if prompt is not None else {}
     predictor = Predictor(
       model,
       variables,
       vocabularies.load_vocabulary(vocabulary),
       virtual_tokens,
       labels,
-      inputs_length,
-      targets_length,
+      inputs_length or trained.get('inputs_length', 512),
+      targets_length or trained.get('targets_length', 32),
       batch_size,
       prompt_index,
       seed,
@@ -334,7 +339,7 @@ def evaluate(
   output_dir: str,
   prompt: tuple[Float[np.ndarray, 'K P E'], Mapping[str, Any]] | None = None,
   *,
-  dtype: str = 'float32',
+  dtype: str | None = None,
   check_fingerprint: bool = True,
   resolved_config: Callable[[], str] | None = None,
 ) -> dict[str, float]:
@@ -346,7 +351,7 @@ def evaluate(
     evaluation: an `Evaluation`: the task, its split and lengths.
     output_dir: gets the predictions, the metrics and config.gin.
     prompt: (table, metadata) of `load_prompt`; None for none.
-    dtype: of the frozen weights.
+    dtype: of the frozen weights; None: see `load_variables`.
     check_fingerprint: refuse a prompt that was trained on another base.
     resolved_config: gives the text of config.gin; None writes none.
 
@@ -391,7 +396,7 @@ def read_records(
     raise UserError(
       f'input_format must be jsonl, tsv or text, got {input_format}'
     )
-  for number, line in enumerate(lines, 1):
+  for number, line in _numbered(lines, name):
     line = line.rstrip('\r\n')
     place = f'{name}:{number}'
     if not line.strip():
@@ -417,6 +422,17 @@ def read_records(
           f'{", ".join(columns)}'
         )
       yield place, dict(zip(columns, cells))
+
+
+def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
+  number = 0
+  try:
+    for number, line in enumerate(lines, 1):
+      yield number, line
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f'{name} is not UTF-8 after line {number}: {error.reason}; convert it'
+    ) from None
 
 
 def _format_of(name: str) -> str:
@@ -456,7 +472,7 @@ def _open_input(name: str, stack: contextlib.ExitStack) -> Iterable[str]:
   if name == '-':
     return sys.stdin
   try:
-    return stack.enter_context(open(name, encoding='utf-8'))
+    return stack.enter_context(open(name, encoding='utf-8-sig'))
   except OSError as error:
     raise UserError(
       f'input file {name} cannot be read: {error.strerror}'

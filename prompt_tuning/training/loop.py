@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import queue
@@ -28,6 +29,7 @@ from prompt_tuning.training import partitioning
 from prompt_tuning.training.checkpoints import BaseCheckpoint
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.checkpoints import fingerprint
+from prompt_tuning.training.checkpoints import frozen_dtype as storage_dtype
 from prompt_tuning.training.checkpoints import load_params
 from prompt_tuning.training.reporting import MetricsWriter
 from prompt_tuning.training.reporting import Progress
@@ -66,8 +68,8 @@ class TrainResult:
     variables: trained collections: the best ones by `best_metric`, where that
       is given, else the last ones. numpy arrays.
     best_step: step of `variables`.
-    metrics: the last evaluation of `variables`, 'task/metric' -> value.
-    interrupted: the run was asked to stop (SIGTERM) before its last step.
+    metrics: the evaluation of `variables`, 'task/metric' -> value.
+    interrupted: it was asked to stop (SIGTERM, Ctrl-C) before its last step.
   """
 
   step: int
@@ -116,7 +118,7 @@ def train(
   validation_data: TrainData | None = None,
   validation_batches: int = 8,
   best_metric: str | None = None,
-  best_mode: str = 'max',
+  best_mode: str | None = None,
   early_stopping_patience: int | None = None,
   checkpoint_period: int = 1000,
   keep_checkpoints: int = 2,
@@ -126,8 +128,8 @@ def train(
 ) -> TrainResult:
   """Trains the named collections of a model and keeps the best of them.
 
-  The same call continues a run of which `model_dir` holds a checkpoint, bit
-  for bit. SIGTERM lets the step end, saves and returns.
+  The same call continues a run of which `model_dir` holds a checkpoint, bit for
+  bit. SIGTERM or Ctrl-C lets the step end, saves and returns.
 
   Args:
     model: network, loss and decoding.
@@ -154,7 +156,7 @@ def train(
     validation_batches: how many batches of it.
     best_metric: a name of `evaluation` ('task/metric') or 'validation/loss';
       the checkpoint that is best by it is kept beside the latest ones.
-    best_mode: 'max' or 'min'.
+    best_mode: 'max' or 'min'; None: 'min' for a loss, 'max' for all else.
     early_stopping_patience: evaluations without a better value after which
       the run ends; None: never.
     checkpoint_period: updates between checkpoints.
@@ -168,12 +170,26 @@ def train(
       longer finite.
   """
   mesh = mesh or partitioning.make_mesh()
+  if best_mode is None:
+    best_mode = 'min' if (best_metric or '').endswith('loss') else 'max'
   if best_mode not in ('max', 'min'):
     raise UserError(f"best_mode is {best_mode!r}; it takes 'max' or 'min'")
   if best_metric and evaluation is None and validation_data is None:
     raise UserError(
       f'best_metric {best_metric!r} needs an evaluation, and there is none'
     )
+  if early_stopping_patience is not None and best_metric is None:
+    raise UserError('early_stopping_patience needs a best_metric to watch')
+  for name, value in {
+    'eval_period': eval_period,
+    'checkpoint_period': checkpoint_period,
+    'log_period': log_period,
+    'microbatches': microbatches,
+    'validation_batches': validation_batches,
+    'early_stopping_patience': early_stopping_patience or 1,
+  }.items():
+    if value < 1:
+      raise UserError(f'{name} must be 1 or more, got {value}')
   _check(model, data, base, prompt, trained, microbatches, mesh)
   first_step = base.step if base is not None else 0
   last_step = _last_step(first_step, train_steps_relative, train_steps)
@@ -192,6 +208,7 @@ def train(
     base=base.path if base is not None else 'random parameters',
     base_fingerprint=fingerprint(variables['params']),
     task=getattr(data, 'mixture_or_task_name', None),
+    task_feature_lengths=dict(getattr(data, 'task_feature_lengths', {})),
     placement=prompt.placement if prompt is not None else None,
     best_metric=best_metric,
   )
@@ -229,19 +246,7 @@ def train(
     metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
     return new_state, metrics
 
-  writer = MetricsWriter(model_dir, step)
-  show = Progress(
-    last_step - first_step, step - first_step, silent=not progress
-  )
-  show.say(
-    f'trained: {", ".join(trained)},'
-    f' {count_parameters(state.trainable):,} parameters; frozen:'
-    f' {count_parameters(frozen):,}; base {run.base} at step {first_step:,};'
-    f' {mesh.size} device(s)'
-    + (f'; resumed at step {resumed:,}' if resumed is not None else '')
-  )
-  if resolved_config is not None:
-    (model_dir / 'config.gin').write_text(resolved_config())
+  # What may be wrong with data comes to light before a file is touched.
   virtual_tokens = _virtual_tokens(model, prompt)
   evaluators = {}
   if validation_data is not None:
@@ -252,10 +257,26 @@ def train(
     evaluators['eval'] = evaluation.build(
       model, virtual_tokens, model_dir / 'eval'
     )
-  batches = _Prefetch(
-    data.batches(virtual_tokens=virtual_tokens, seed=seed, start=run.position),
-    functools.partial(partitioning.shard_batch, mesh),
+  data_batches = data.batches(
+    virtual_tokens=virtual_tokens, seed=seed, start=run.position
   )
+  rows = model.config.vocab_size
+  if virtual_tokens is not None:
+    rows += virtual_tokens.num_prompts * virtual_tokens.length
+  batches = _Prefetch(data_batches, functools.partial(_place, mesh, rows))
+  writer = MetricsWriter(model_dir, step)
+  show = Progress(
+    last_step - first_step, step - first_step, silent=not progress
+  )
+  show.say(
+    f'trained: {", ".join(trained)},'
+    f' {count_parameters(state.trainable):,} parameters; frozen:'
+    f' {count_parameters(frozen):,}; base {run.base} at step {first_step:,};'
+    f' {mesh.size} device(s)'
+    + (f'; resumed after {step - first_step:,} steps' if resumed else '')
+  )
+  if resolved_config is not None:
+    (model_dir / 'config.gin').write_text(resolved_config())
   pending = None  # Metrics on the device, fetched one step late.
   clock = _Clock()
   ended = step >= last_step or run.stale(early_stopping_patience)
@@ -290,6 +311,12 @@ def train(
           f'step {done}  '
           + '  '.join(f'{name} {value:.4g}' for name, value in found.items())
         )
+        if best_metric is not None and best_metric not in found:
+          checkpoints.save(step, state, dataclasses.asdict(run), found)
+          raise UserError(
+            f'best_metric {best_metric!r} is not among the metrics of the'
+            f' evaluation: {", ".join(sorted(found))}'
+          )
         run.note(step, found, best_mode)
         ended |= run.stale(early_stopping_patience)
         clock.take()
@@ -299,13 +326,16 @@ def train(
     if not ended and pending is not None:
       _require_finite(pending, step, checkpoints)
       checkpoints.save(step, state, dataclasses.asdict(run))
-    checkpoints.wait()
     if not ended:
-      show.say(f'stopped at step {step}, saved; the same command continues')
+      show.say(
+        f'stopped after {step - first_step} of {last_step - first_step} steps;'
+        ' the same command continues'
+      )
     elif step < last_step:
       show.say(
-        f'stopped early at step {step}: {best_metric} has not improved for'
-        f' {early_stopping_patience} evaluations since step {run.best_step}'
+        f'stopped early after {step - first_step} steps: {best_metric} has not'
+        f' improved for {early_stopping_patience} evaluations, since step'
+        f' {run.best_step - first_step}'
       )
     best = step if run.best_step is None else run.best_step
     if best != step:
@@ -339,11 +369,7 @@ def _initial_variables(
     params = model.init_params(params_key)
     params = jax.device_put(params, partitioning.param_shardings(mesh, params))
   else:
-    dtype = frozen_dtype
-    if dtype is None:
-      dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    if 'params' in trained:
-      dtype = 'float32'
+    dtype = 'float32' if 'params' in trained else storage_dtype(frozen_dtype)
     params = load_base(model, base, mesh, dtype)
   if prompt is None:
     return {'params': params}
@@ -408,6 +434,17 @@ def _last_step(first_step, relative, absolute):
   return last
 
 
+def _place(mesh, rows: int, batch) -> dict[str, jax.Array]:
+  """The batch on the mesh, if the network has a row for every id."""
+  largest = int(batch['encoder_input_tokens'].max())
+  if largest >= rows:
+    raise UserError(
+      f'the data has id {largest}, the model embeds ids below {rows}; give the'
+      ' vocabulary of the model'
+    )
+  return partitioning.shard_batch(mesh, batch)
+
+
 @dataclasses.dataclass
 class _RunRecord:
   """What a checkpoint remembers of its run besides the state."""
@@ -416,6 +453,7 @@ class _RunRecord:
   base: str
   base_fingerprint: str
   task: str | None = None
+  task_feature_lengths: dict[str, int] = dataclasses.field(default_factory=dict)
   placement: str | None = None
   best_metric: str | None = None
   position: int = 0  # Batches consumed.
@@ -448,14 +486,11 @@ class _RunRecord:
     if self.best_metric is None:
       self.best_metrics = dict(found)
       return
-    if self.best_metric not in found:
-      raise UserError(
-        f'best_metric {self.best_metric!r} is not among the metrics of the'
-        f' evaluation: {", ".join(sorted(found))}'
-      )
     value = found[self.best_metric]
     sign = 1 if mode == 'max' else -1
-    if self.best_value is None or sign * value > sign * self.best_value:
+    if math.isfinite(value) and (
+      self.best_value is None or sign * value > sign * self.best_value
+    ):
       self.best_step, self.best_value = step, value
       self.best_metrics = dict(found)
       self.evaluations_since_best = 0
@@ -537,26 +572,31 @@ class _Clock:
 
 
 class _StopSignal:
-  """Turns SIGTERM into a flag, in the main thread."""
+  """Turns SIGTERM and Ctrl-C into a flag; a second Ctrl-C interrupts."""
 
   def __enter__(self):
     self.requested = False
-    self._before = None
+    self._before = {}
     if threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._note)
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._note)
     return self
 
-  def _note(self, *_):
+  def _note(self, number, frame):
+    del frame
+    if number == signal.SIGINT and self.requested:
+      raise KeyboardInterrupt
     self.requested = True
 
   def __exit__(self, *_):
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
 
 def _require_finite(metrics, step, checkpoints):
-  if not np.isfinite(jax.device_get(metrics['loss'])):
-    checkpoints.wait()
+  # The norm is that of the state which is about to be saved or trained on.
+  checked = jax.device_get((metrics['loss'], metrics['trained_norm']))
+  if not np.isfinite(checked).all():
     last = checkpoints.latest_step()
     kept = (
       'no checkpoint was saved yet'
@@ -564,8 +604,8 @@ def _require_finite(metrics, step, checkpoints):
       else (f'the checkpoint of step {last} is kept')
     )
     raise UserError(
-      f'the loss is not finite at step {step}; {kept}; lower the learning'
-      ' rate or look at the data'
+      f'the loss or update is not finite at step {step}; {kept}; lower the'
+      ' learning rate or look at the data'
     )
 
 
@@ -618,9 +658,8 @@ class _Validation:
 
 @contextlib.contextmanager
 def _closing(*things):
-  """Closes all of them, in order, whatever happens."""
-  try:
-    yield
-  finally:
+  """Closes all of them, whatever happens."""
+  with contextlib.ExitStack() as stack:
     for thing in things:
-      thing.close()
+      stack.callback(thing.close)
+    yield

@@ -10,11 +10,13 @@ from typing import TextIO
 
 import tensorboardX
 
+from prompt_tuning.errors import UserError
+
 
 class MetricsWriter:
   """Appends to MODEL_DIR/metrics.jsonl and writes TensorBoard events.
 
-  A line holds `step`, `split` ('train', 'validation' or the task's name) and
+  A line holds `step`, `split` ('train', 'validation' or 'eval') and
   the metrics. A resumed run drops the lines of steps after its checkpoint:
   it makes them again.
   """
@@ -44,8 +46,14 @@ class MetricsWriter:
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]):
     line = json.dumps({'step': step, 'split': split, **metrics})
-    self._file.write(line + '\n')
-    self._file.flush()
+    try:
+      self._file.write(line + '\n')
+      self._file.flush()
+    except OSError as error:
+      raise UserError(
+        f'cannot write {self.path}: {error.strerror}; checkpoints are intact;'
+        ' free the disk and start again'
+      ) from error
     for name, value in metrics.items():
       tag = name if '/' in name else f'{split}/{name}'
       self._tensorboard.add_scalar(tag, value, step)

@@ -7,7 +7,6 @@ state, are never donated and never saved.
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -42,8 +41,3 @@ class TrainState:
       trainable=trainable,
       opt_state=optimizer.init(trainable),
     )
-
-
-def trainable_size(state: TrainState) -> int:
-  """Number of trained scalars."""
-  return sum(leaf.size for leaf in jax.tree.leaves(state.trainable))

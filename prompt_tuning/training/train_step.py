@@ -33,7 +33,7 @@ def train_step(
     rng: key of this run; dropout of step n uses `fold_in(rng, n)`.
     microbatches: the batch is taken in so many parts, one after the other,
       whose gradients are added. The loss's normaliser is the whole batch's, so
-      the result does not depend on the number of parts.
+      without dropout the number of parts changes nothing but rounding.
 
   Returns:
     The new state, and the sums of `model.loss_fn` with norms.

@@ -125,7 +125,7 @@ def test_a_run_learns_a_prompt_and_writes_its_files(tmp_path):
   ):
     assert np.isfinite(trained[-1][name])
   assert (result.step, result.best_step) == (1030, 1030)
-  assert result.metrics['validation/loss'] < 2
+  assert result.metrics['validation/loss'] < 2.3
   assert table_of(result).shape == (1, 3, 16)
   assert list((tmp_path / 'tensorboard').iterdir())
 
