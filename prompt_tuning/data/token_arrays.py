@@ -345,13 +345,15 @@ def prefix_lm(
   """Splits a window at a random point: encoder reads on, decoder continues.
 
   The point is uniform among those that leave both sides non-empty and within
-  their lengths. No id is lost or added: EOS stands where documents end.
+  their lengths. Both sides end with EOS, as T5's do: a model that never saw
+  one after a few tokens has to be taught by every prompt to stop.
   """
-  first = max(1, len(window) - targets_length)
-  last = min(inputs_length, len(window) - 1)
+  first = max(1, len(window) - (targets_length - 1))
+  last = min(inputs_length - 1, len(window) - 1)
   point = int(rng.integers(first, last + 1))
   ids = np.asarray(window, np.int32)
-  return ids[:point], ids[point:]
+  end = np.full(1, vocabularies.EOS_ID, np.int32)
+  return np.append(ids[:point], end), np.append(ids[point:], end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +374,7 @@ class TokenArrayData:
     sentinels: False leaves span corruption's sentinels out.
     window: tokens cut from the stream for an example. None takes the longest
       that fits for span corruption (568 for inputs 512 and targets 114) and
-      the longer of inputs and targets for prefix LM.
+      the longer of inputs and targets, less EOS, for prefix LM.
   """
 
   folder: str
@@ -436,7 +438,7 @@ class TokenArrayData:
     inputs = self.task_feature_lengths['inputs']
     targets = self.task_feature_lengths['targets']
     if self.objective == 'prefix_lm':
-      return max(inputs, targets, 2)
+      return max(inputs, targets, 3) - 1
     return span_corruption_window(
       inputs, targets, self.noise_density, self.mean_noise_span_length
     )
@@ -448,7 +450,8 @@ class TokenArrayData:
     if window < 2:
       raise UserError(f'window must be 2 or more, got {window}')
     if self.objective == 'prefix_lm':
-      needed, fits = (inputs, targets), window <= inputs + targets
+      needed = (inputs, targets)
+      fits = window <= inputs + targets - 2 and min(needed) > 1
     else:
       needed = span_corruption_lengths(
         window, self.noise_density, self.mean_noise_span_length

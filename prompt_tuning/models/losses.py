@@ -1,6 +1,7 @@
 """Cross entropy with z-loss and label smoothing, and its normaliser."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def cross_entropy(
 
 
 def token_weights(
-  batch: dict[str, jax.Array], normalizer: Normalizer
+  batch: Mapping[str, Any], normalizer: float | str | None
 ) -> Float[Array, 'B L']:
   """What each token's loss counts: its weight over the normaliser.
 

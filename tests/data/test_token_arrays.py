@@ -268,13 +268,14 @@ def test_prefix_lm_loses_no_token(lengths):
     inputs, targets = token_arrays.prefix_lm(
       np.random.default_rng(seed), window, *lengths
     )
-    assert [*inputs, *targets] == window.tolist()
-    assert 1 <= len(inputs) <= lengths[0]
-    assert 1 <= len(targets) <= lengths[1]
-    points.add(len(inputs))
+    assert inputs[-1] == targets[-1] == 1
+    assert [*inputs[:-1], *targets[:-1]] == window.tolist()
+    assert 2 <= len(inputs) <= lengths[0]
+    assert 2 <= len(targets) <= lengths[1]
+    points.add(len(inputs) - 1)
   size = len(window)
   assert points == set(
-    range(max(1, size - lengths[1]), min(lengths[0], size - 1) + 1)
+    range(max(1, size - lengths[1] + 1), min(lengths[0], size))
   )
 
 
@@ -335,7 +336,9 @@ def windows_of_epoch(data, epoch, seed=0):
       batch['encoder_input_tokens'][0],
       batch['decoder_target_tokens'][0],
     )
-    found.append((*source[source > 0].tolist(), *target[target > 0].tolist()))
+    found.append(
+      (*source[source > 0].tolist()[:-1], *target[target > 0].tolist()[:-1])
+    )
   return found
 
 
@@ -374,7 +377,7 @@ def test_validation_documents_are_not_trained_on(folder, documents):
       batch['encoder_input_tokens'][0],
       batch['decoder_target_tokens'][0],
     )
-    window = [*source[source > 0], *target[target > 0]]
+    window = [*source[source > 0][:-1], *target[target > 0][:-1]]
     assert ' '.join(map(str, window)) in held_out
 
 
@@ -434,6 +437,6 @@ def test_too_little_text_is_one_line(folder):
   data = TokenArrayData(
     str(folder), 'prefix_lm', 1, LENGTHS, split='validation'
   )
-  with pytest.raises(UserError, match='an example needs 32') as error:
+  with pytest.raises(UserError, match='an example needs 31') as error:
     first(data, 1)
   assert '\n' not in str(error.value)

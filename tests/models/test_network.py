@@ -187,7 +187,8 @@ def test_cached_decoding_equals_uncached(scan):
   if scan:
     params = network.stack_layers(params)
   batch = make_batch(INPUTS, [[7, 8, 9, 10, 1], [20, 21, 22, 23, 1]])
-  inputs, shifted = batch['encoder_input_tokens'], batch['decoder_input_tokens']
+  inputs = jnp.asarray(batch['encoder_input_tokens'])
+  shifted = jnp.asarray(batch['decoder_input_tokens'])
   module = network.Transformer(config)
   encode = network.Transformer.encode
   decode = network.Transformer.decode

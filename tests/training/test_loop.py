@@ -15,6 +15,9 @@ import optax
 import pytest
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop.base_checkpoints import load_checkpoint
+from prompt_tuning.interop.export import export
+from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.models.prompt import Prompt
@@ -43,6 +46,7 @@ class ConstantAnswer:
   vocabulary: str | None = None
   sleep: float = 0.0
   stop_after: int | None = None
+  stop_signal: int = signal.SIGTERM
 
   def class_labels(self):
     return None
@@ -65,7 +69,7 @@ class ConstantAnswer:
       }
       index += 1
       if index == self.stop_after:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), self.stop_signal)
         time.sleep(0.5)
 
 
@@ -149,13 +153,16 @@ def test_a_finished_run_started_again_does_nothing(tmp_path):
   np.testing.assert_array_equal(table_of(again), table_of(first))
 
 
-def test_sigterm_saves_and_returns_and_the_run_goes_on_from_there(tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_returns_and_the_run_goes_on(tmp_path, number):
+  before = signal.getsignal(number)
   whole = run(tmp_path / 'whole', 12)
-  stopped = run(tmp_path / 'cut', 12, data=ConstantAnswer(stop_after=7))
+  data = ConstantAnswer(stop_after=7, stop_signal=number)
+  stopped = run(tmp_path / 'cut', 12, data=data)
   assert stopped.interrupted and stopped.step < 1012
   kept = checkpoints.Checkpoints(tmp_path / 'cut/checkpoints', read_only=True)
   assert kept.latest_step() == stopped.step
-  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  assert signal.getsignal(number) is before
   resumed = run(tmp_path / 'cut', 12)
   np.testing.assert_array_equal(table_of(resumed), table_of(whole))
 
@@ -248,6 +255,52 @@ def test_the_best_prompt_is_returned_and_patience_ends_the_run(tmp_path):
   assert (again.best_step, again.step) == (1004, 1008)
 
 
+@pytest.mark.parametrize('scores', [[3, 3, 1, 1, 3], [np.nan, 3, 1, 1, 1]])
+def test_ties_and_undefined_scores_do_not_lose_the_best(tmp_path, scores):
+  result = run(
+    tmp_path,
+    10,
+    evaluation=FakeEvaluation([float(score) for score in scores]),
+    eval_period=2,
+    best_metric='task/score',
+    checkpoint_period=2,
+    keep_checkpoints=1,
+  )
+  first = 1002 + 2 * scores.index(3)
+  assert (result.best_step, result.step) == (first, 1010)
+  kept = checkpoints.Checkpoints(
+    tmp_path / 'checkpoints', best_metric='task/score', read_only=True
+  )
+  assert kept.steps() == [first, 1010]
+
+
+def test_a_loss_is_best_where_it_is_lowest(tmp_path):
+  result = run(
+    tmp_path,
+    6,
+    validation_data=ConstantAnswer(),
+    eval_period=2,
+    best_metric='validation/loss',
+  )
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').open()]
+  losses = {
+    line['step']: line['validation/loss']
+    for line in lines
+    if line['split'] == 'validation'
+  }
+  assert result.best_step == min(losses, key=losses.get)
+
+
+def test_a_prompt_trained_with_its_model_names_that_model(tmp_path):
+  run(tmp_path, 2, trained=('prompt', 'params'), learning_rate=1e-3)
+  export(tmp_path, tmp_path / 'out')
+  _, metadata = load_prompt(tmp_path / 'out')
+  tuned = load_checkpoint(tmp_path / 'out')
+  assert metadata['base_fingerprint'] == tuned.fingerprint()
+  assert metadata['base_fingerprint'] != base().fingerprint()
+  assert tuned.step == 1002
+
+
 def test_model_tuning_trains_the_whole_model(tmp_path):
   result = run(
     tmp_path, 3, trained=('params',), prompt=None, learning_rate=1e-3
@@ -296,6 +349,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
     ({'microbatches': 3}, 'BATCH_SIZE 4 does not divide'),
     ({'best_metric': 'a/b'}, 'needs an evaluation'),
     ({'best_mode': 'most'}, "'max' or 'min'"),
+    ({'early_stopping_patience': 3}, 'needs a best_metric'),
+    ({'log_period': 0}, 'log_period must be 1 or more, got 0'),
+    ({'frozen_dtype': 'bf16'}, "float32 or bfloat16, got 'bf16'"),
     (
       {
         'best_metric': 'x/y',
