@@ -11,7 +11,7 @@ COMMANDS = {
   'train': 'train a prompt on a frozen T5, or the T5 itself',
   'eval': "score a prompt on a task's metrics",
   'infer': 'predict for the texts of a file',
-  'export': "write a run's prompt as .npy and .safetensors",
+  'export': 'write what a run trained, as files',
 }
 
 

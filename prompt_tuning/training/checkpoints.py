@@ -182,14 +182,12 @@ class Checkpoints:
     """The `extra` saved with a step, without reading any array."""
     return self._required_manifest(step)['extra']
 
-  def restore(
-    self, step: int, like: TrainState
-  ) -> tuple[TrainState, dict[str, Any]]:
+  def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     """Reads the checkpoint of a step.
 
     Args:
       step: one of `steps()`.
-      like: a state of the same structure, of arrays or ShapeDtypeStructs.
+      like: a TrainState of the same structure, of arrays or ShapeDtypeStructs.
         Leaves that carry a sharding come back as jax.Arrays with it, the
         others as numpy arrays.
 

@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from prompt_tuning.training.train_state import TrainState
 from prompt_tuning.training.train_step import train_step
 
 
+@runtime_checkable
 class TrainData(Protocol):
   """A source of training batches (`data.TaskData`, `data.TokenArrayData`)."""
 
@@ -52,6 +53,7 @@ class TrainData(Protocol):
     """The task's labels, where it has a fixed set of them."""
 
 
+@runtime_checkable
 class Evaluation(Protocol):
   """Scores decoded text (`training.evaluator.Evaluation`)."""
 
