@@ -65,7 +65,7 @@ def token_weights(
   weights = batch.get('decoder_loss_weights')
   if weights is None:
     weights = jnp.ones(targets.shape)
-  weights = weights.astype(jnp.float32)
+  weights = jnp.asarray(weights, jnp.float32)
   match normalizer:
     case None:
       return weights

@@ -15,13 +15,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 from prompt_tuning.models import decoding
 from prompt_tuning.models import losses
 from prompt_tuning.models import network
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, jax.Array | np.ndarray]
 Variables = Mapping[str, dict]
+
+
+def _on_device(batch: Batch) -> dict[str, jax.Array]:
+  """numpy's arrays as JAX's; under jit that costs nothing."""
+  return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,7 @@ class EncoderDecoderModel:
     self, variables: Variables, batch: Batch, dropout_rng=None
   ) -> Float[Array, 'B L V']:
     """float32 logits of every target; dropout is on if it is given a key."""
+    batch = _on_device(batch)
     return self.module.apply(
       variables,
       batch['encoder_input_tokens'],
@@ -96,6 +103,7 @@ class EncoderDecoderModel:
       The loss and {'loss', 'z_loss', 'weights': as they enter the loss;
       'cross_entropy', 'correct', 'tokens': sums over tokens of weight > 0}.
     """
+    batch = _on_device(batch)
     if token_weights is None:
       token_weights = self.token_weights(batch)
     logits = self.logits(variables, batch, dropout_rng)
@@ -123,6 +131,7 @@ class EncoderDecoderModel:
     self, variables: Variables, batch: Batch
   ) -> Float[Array, 'B']:
     """Log-likelihood of each example's targets, in nats, without z-loss."""
+    batch = _on_device(batch)
     logits = self.logits(variables, batch)
     token_loss, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'])
     weights = losses.token_weights(batch, None)
@@ -141,7 +150,7 @@ class EncoderDecoderModel:
       batch: its `encoder_input_tokens` are used, encoded once for all labels.
       label_tokens: each label's ids with EOS, padded with 0.
     """
-    inputs = batch['encoder_input_tokens']
+    inputs = jnp.asarray(batch['encoder_input_tokens'])
     encoded = self.module.apply(
       variables, inputs, method=network.Transformer.encode
     )
@@ -189,8 +198,8 @@ class EncoderDecoderModel:
       ids [B, L] and {'scores': [B]}, or [B, N, L] and [B, N] for all.
     """
     num_decodes = num_decodes or self.num_decodes
-    inputs = batch['encoder_input_tokens']
-    start = batch['decoder_input_tokens']
+    inputs = jnp.asarray(batch['encoder_input_tokens'])
+    start = jnp.asarray(batch['decoder_input_tokens'])
     if not prompt_with_targets:
       start = jnp.zeros_like(start)
     length = start.shape[1]

@@ -242,7 +242,7 @@ def test_dropout_acts_only_where_it_is_given_a_key():
 
 
 def test_norm_divides_by_the_root_mean_square():
-  x = np.array([[3.0, 4.0]], np.float32)
+  x = jnp.array([[3.0, 4.0]])
   norm = layers.RMSNorm()
   got = norm.apply({'params': {'scale': jnp.array([1.0, 2.0])}}, x)
   root = np.sqrt((9 + 16) / 2)
