@@ -1,5 +1,6 @@
 import itertools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ class FakeModel:
   """
 
   traces = 0
+  config = types.SimpleNamespace(vocab_size=VIRTUAL.first_id)
 
   def predict_batch(self, variables, batch, rng=None):
     del rng
