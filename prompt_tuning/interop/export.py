@@ -12,7 +12,6 @@ from prompt_tuning.interop import prompts
 from prompt_tuning.models.prompt import Initializer
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.checkpoints import fingerprint
-from prompt_tuning.training.checkpoints import open_run
 
 # What a checkpoint remembers of its run that a prompt file repeats.
 _FACTS = ('base', 'base_fingerprint', 'task', 'placement', 'seed')
@@ -74,10 +73,8 @@ def export(
       output_dir, table, facts | {'step': step}
     )
   if 'params' in trained:
-    del trained
-    base = open_run(model_dir, step)
     file = base_checkpoints.save_base(
-      output_dir, base.arrays, step, facts, dtype
+      output_dir, trained['params'], step, facts, dtype
     )
     written['files'].append(file)
   written['files'] = [str(file) for file in written['files']]

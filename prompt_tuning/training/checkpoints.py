@@ -9,7 +9,7 @@ not describe to the byte was left half-written, or lost a file since, and is
 passed over.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import errno
@@ -657,6 +657,17 @@ def _shorten(items: list[str], shown: int = 3) -> str:
   return ', '.join(items[:shown]) + (f' and {more} more' if more > 0 else '')
 
 
+def _path_faults(wanted: Iterable[str], found: Iterable[str]) -> list[str]:
+  """'missing …' and 'unexpected …', where there are such paths."""
+  faults = {
+    'missing': sorted(set(wanted) - set(found)),
+    'unexpected': sorted(set(found) - set(wanted)),
+  }
+  return [
+    f'{name} {_shorten(paths)}' for name, paths in faults.items() if paths
+  ]
+
+
 def _check_params(
   source: str, wanted: Mapping[str, Any], found: Mapping[str, Any]
 ) -> None:
@@ -669,12 +680,7 @@ def _check_params(
   ]
   if shapes:
     faults.append(_shorten(shapes))
-  missing = sorted(set(wanted) - set(found))
-  if missing:
-    faults.append('missing ' + _shorten(missing))
-  unexpected = sorted(set(found) - set(wanted))
-  if unexpected:
-    faults.append('unexpected ' + _shorten(unexpected))
+  faults += _path_faults(wanted, found)
   if faults:
     raise UserError(
       f'{source} does not fit the model: {"; ".join(faults)}; give the '
@@ -699,12 +705,7 @@ def _check_arrays(
         )
       if fault:
         faults.append(fault.removeprefix('trainable/'))
-  missing = sorted(set(wanted) - set(saved))
-  if missing:
-    faults.append('missing ' + _shorten(missing))
-  unexpected = sorted(set(saved) - set(wanted))
-  if unexpected:
-    faults.append('unexpected ' + _shorten(unexpected))
+  faults += _path_faults(wanted, saved)
   if faults:
     raise UserError(
       f'checkpoint {folder} is of another run: {_shorten(faults)}; restore '

@@ -25,6 +25,7 @@ from prompt_tuning.data import virtual_tokens as virtual_tokens_lib
 from prompt_tuning.data import vocabularies
 from prompt_tuning.errors import UserError
 from prompt_tuning.models import model as model_lib
+from prompt_tuning.models import network
 from prompt_tuning.training import checkpoints
 
 # The shortest encoder rows; longer ones double, so few shapes are compiled.
@@ -56,7 +57,7 @@ def load_variables(
   Raises:
     UserError: base or prompt do not fit the model, or each other.
   """
-  like = jax.eval_shape(model.init_params, jax.random.key(0))
+  like = network.parameter_shapes(model.config)
   params = checkpoints.load_params(
     base, like, dtype=checkpoints.frozen_dtype(dtype)
   )
