@@ -308,27 +308,33 @@ def run(command: list[str], **kwargs) -> str:
   return done.stdout
 
 
-def process(
-  package: str, work_dir: str, limit: int
-) -> tuple[dict, list[list[str]]]:
-  """Downloads (once), unpacks (once) and extracts one package."""
+def unpacked(package: str, work_dir: str) -> tuple[pathlib.Path, pathlib.Path]:
+  """The file of a package and its unpacked folder, each made once."""
   debs = pathlib.Path(work_dir, 'debs')
-  unpacked = pathlib.Path(work_dir, 'unpacked', package)
+  folder = pathlib.Path(work_dir, 'unpacked', package)
   debs.mkdir(parents=True, exist_ok=True)
   found = sorted(debs.glob(f'{package}_*.deb'))
   if not found:
     run(['apt-get', 'download', package], cwd=debs)
     found = sorted(debs.glob(f'{package}_*.deb'))
-  if not unpacked.is_dir():
-    partial = unpacked.with_suffix('.partial')
+  if not folder.is_dir():
+    partial = folder.with_suffix('.partial')
     partial.mkdir(parents=True, exist_ok=True)
     run(['dpkg-deb', '-x', str(found[-1]), str(partial)])
-    partial.rename(unpacked)
-  documents = extract(unpacked, package, limit)
+    partial.rename(folder)
+  return found[-1], folder
+
+
+def process(
+  package: str, work_dir: str, limit: int
+) -> tuple[dict, list[list[str]]]:
+  """Downloads (once), unpacks (once) and extracts one package."""
+  archive, folder = unpacked(package, work_dir)
+  documents = extract(folder, package, limit)
   source = {
     'package': package,
-    'version': found[-1].name.split('_')[1].replace('%3a', ':'),
-    'licence': licences(unpacked, package),
+    'version': archive.name.split('_')[1].replace('%3a', ':'),
+    'licence': licences(folder, package),
   }
   return source, documents
 

@@ -5,12 +5,16 @@ Reads .txt, .gz and .xz with a paragraph a line. An empty line ends a
 document; in a file without empty lines, every 30 paragraphs are one. Trains a
 unigram vocabulary (pad 0, EOS 1, unknown 2, no BOS) unless one is given, and
 writes the folder that `prompt_tuning.data.token_arrays.TokenArrays` opens.
-Documents of all files are shuffled with a fixed seed.
+Documents of all files are shuffled with a fixed seed. --pairs takes files with
+a pair a line instead, input and target with a tab between, for the objective
+text_to_text.
 
   scripts/prepare_corpus.py --texts books.txt.xz modern.txt --shares 0.5 1 \
       --train_vocabulary spiece.model --output arrays
   scripts/prepare_corpus.py --texts more.txt --vocabulary t5_1_1_mini \
       --output more_arrays
+  scripts/prepare_corpus.py --pairs pairs.tsv --vocabulary t5_1_1_mini \
+      --output pair_arrays
 """
 
 import argparse
@@ -43,24 +47,29 @@ def read_documents(
   path: str, paragraphs_per_document: int = 30
 ) -> Iterator[list[str]]:
   """Documents of a text file, each a list of paragraphs."""
+  bordered, document = False, []
+  for line in _lines(path):
+    line = ' '.join(line.split())
+    if line:
+      document.append(line)
+    else:
+      bordered = True
+    most = _MOST_PARAGRAPHS if bordered else paragraphs_per_document
+    if document and (not line or len(document) >= most):
+      yield document
+      document = []
+  if document:
+    yield document
+
+
+def _lines(path: str) -> Iterator[str]:
+  """Lines of a text file, compressed or not."""
   opener = {'.gz': gzip.open, '.xz': lzma.open}.get(
     pathlib.Path(path).suffix, open
   )
   try:
     with opener(path, 'rt', encoding='utf-8') as lines:
-      bordered, document = False, []
-      for line in lines:
-        line = ' '.join(line.split())
-        if line:
-          document.append(line)
-        else:
-          bordered = True
-        most = _MOST_PARAGRAPHS if bordered else paragraphs_per_document
-        if document and (not line or len(document) >= most):
-          yield document
-          document = []
-      if document:
-        yield document
+      yield from lines
   except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
     raise UserError(
       f'a UTF-8 text file (.txt, .gz, .xz) is required, {path} cannot be read '
@@ -92,6 +101,24 @@ def chosen_documents(
   if not texts:
     raise UserError(f'text is required, {", ".join(paths)} has none')
   return [texts[i] for i in rng.permutation(len(texts))]
+
+
+def chosen_pairs(paths: list[str], seed: int) -> list[str]:
+  """Inputs and targets of all files in turn, pairs in shuffled order."""
+  pairs = []
+  for path in paths:
+    for number, line in enumerate(_lines(path), start=1):
+      sides = [side.strip() for side in line.split('\t')]
+      if len(sides) != 2 or not all(sides):
+        raise UserError(
+          f'{path}, line {number}: an input and a target with one tab between '
+          f'are required, got {line.strip()[:60]!r}'
+        )
+      pairs.append(sides)
+  if not pairs:
+    raise UserError(f'pairs are required, {", ".join(paths)} has none')
+  order = np.random.default_rng(seed).permutation(len(pairs))
+  return [side for i in order for side in pairs[i]]
 
 
 def train_vocabulary(
@@ -168,7 +195,9 @@ def parser() -> argparse.ArgumentParser:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = result.add_argument
-  add('--texts', nargs='+', required=True, help='text files')
+  what = result.add_mutually_exclusive_group(required=True)
+  what.add_argument('--texts', nargs='+', help='text files')
+  what.add_argument('--pairs', nargs='+', help='files of tab-separated pairs')
   add(
     '--shares',
     nargs='+',
@@ -216,20 +245,24 @@ def parser() -> argparse.ArgumentParser:
 
 def prepare(arguments: argparse.Namespace) -> None:
   """Does what the command line says; UserError for the user's faults."""
-  shares = arguments.shares or [1.0] * len(arguments.texts)
-  if len(shares) != len(arguments.texts) or min(shares) < 0:
+  texts = arguments.texts or []
+  shares = arguments.shares or [1.0] * len(texts)
+  if len(shares) != len(texts) or min(shares, default=0) < 0:
     raise UserError(
-      f'--shares needs a number of 0 or more for each of the '
-      f'{len(arguments.texts)} texts, got {shares}'
+      f'--shares needs a number of 0 or more for each of the {len(texts)} '
+      f'--texts, got {shares}'
     )
   if arguments.output and pathlib.Path(arguments.output).exists():
     raise UserError(
       f'--output must be a new folder, {arguments.output} exists; name '
       'another or remove it'
     )
-  documents = chosen_documents(
-    arguments.texts, shares, arguments.paragraphs_per_document, arguments.seed
-  )
+  if arguments.pairs:
+    documents = chosen_pairs(arguments.pairs, arguments.seed)
+  else:
+    documents = chosen_documents(
+      texts, shares, arguments.paragraphs_per_document, arguments.seed
+    )
   started = time.monotonic()
   if arguments.train_vocabulary:
     train_vocabulary(
@@ -250,6 +283,7 @@ def prepare(arguments: argparse.Namespace) -> None:
       encoded(documents, vocabulary),
       vocabulary,
       name=arguments.vocabulary or arguments.train_vocabulary,
+      layout='pairs' if arguments.pairs else 'text',
     )
     _say(
       f'{arguments.output}: {len(arrays.tokens):,} tokens in '

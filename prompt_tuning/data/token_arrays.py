@@ -6,14 +6,19 @@ A folder holds one flat stream of ids, memory-mapped when read:
                  closed by EOS
   documents.npy  [D + 1] int64, the offset at which each document starts, and N
   spiece.model   the vocabulary that made the ids
-  meta.json      its name, digest and size; number of tokens; digest of tokens
+  meta.json      its name, digest and size; number of tokens; digest of tokens;
+                 layout: 'text', or 'pairs' where documents alternate between
+                 an input and its target
 
-Training cuts windows from the stream. An epoch is a seeded permutation of its
-windows, whose borders move by a seeded offset from epoch to epoch, so batch i
-is a function of (seed, i) alone: resuming at any batch costs nothing.
+Training cuts windows from a stream of text. An epoch is a seeded permutation of
+its windows, whose borders move by a seeded offset from epoch to epoch, so batch
+i is a function of (seed, i) alone: resuming at any batch costs nothing. The
+same holds for pairs, whose windows are the pairs.
 
-Objectives: T5's span corruption (Raffel et al. 2020, section 3.1.4) and prefix
-language modelling, T5's LM adaptation (Lester et al. 2021, section 3.1).
+Objectives: T5's span corruption (Raffel et al. 2020, section 3.1.4), prefix
+language modelling, T5's LM adaptation (Lester et al. 2021, section 3.1), and
+text to text, over pairs, as in T5's supervised pre-training (Raffel et al.
+2020, section 3.5).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +37,8 @@ from prompt_tuning.data import vocabularies
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
 
-OBJECTIVES = ('span_corruption', 'prefix_lm')
+OBJECTIVES = ('span_corruption', 'prefix_lm', 'text_to_text')
+LAYOUTS = ('text', 'pairs')
 SPLITS = ('train', 'validation')
 
 _EOS = vocabularies.EOS_ID
@@ -47,6 +53,7 @@ def write_token_arrays(
   vocabulary: vocabularies.Vocabulary,
   *,
   name: str | None = None,
+  layout: str = 'text',
 ) -> 'TokenArrays':
   """Writes documents as token arrays and opens them.
 
@@ -55,9 +62,10 @@ def write_token_arrays(
   Args:
     folder: where to write.
     documents: ids of each document without EOS, which is added here. Empty
-      documents are left out.
+      documents are left out, of pairs they are an error.
     vocabulary: made the ids; its model file is copied into the folder.
     name: what meta.json calls the vocabulary; its file's path when None.
+    layout: 'text', or 'pairs' for an input and its target in turn.
   """
   folder = pathlib.Path(folder)
   if folder.exists():
@@ -78,6 +86,11 @@ def write_token_arrays(
       for document in documents:
         ids = np.asarray(document)
         if not len(ids):
+          if layout == 'pairs':
+            raise UserError(
+              'a pair needs an input and a target of one token or more, '
+              f'document {len(offsets) - 1} is empty; leave its pair out'
+            )
           continue
         if ids.min() < 0 or ids.max() >= vocabulary.size:
           raise UserError(
@@ -93,6 +106,11 @@ def write_token_arrays(
         raise UserError(
           f'at least one document with text is required, none came for {folder}'
         )
+      if layout == 'pairs' and len(offsets) % 2 == 0:
+        raise UserError(
+          f'pairs need a target for every input, {len(offsets) - 1} documents '
+          'are an odd number'
+        )
       stream.seek(0)
       if _write_header(stream, dtype, offsets[-1]) != header_size:
         raise AssertionError('the header of tokens.npy changed its size')
@@ -106,6 +124,7 @@ def write_token_arrays(
       'tokens': offsets[-1],
       'documents': len(offsets) - 1,
       'dtype': dtype.name,
+      'layout': layout,
       'tokens_sha256': digest.hexdigest(),
     }
     (partial / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
@@ -214,17 +233,32 @@ class TokenArrays:
         f'{self.meta["tokens_sha256"]}; write the folder again'
       )
 
+  @property
+  def layout(self) -> str:
+    """'text' or 'pairs'."""
+    return str(self.meta.get('layout', 'text'))
+
   def split(
     self, name: str, validation_fraction: float
-  ) -> Int[np.ndarray, 'tokens']:
-    """The stream without ('train') or of ('validation') its last documents.
+  ) -> Int[np.ndarray, 'documents']:
+    """Offsets of the documents without ('train') or of ('validation') the last.
 
-    The border is the first start of a document past 1 - validation_fraction
-    of the tokens; documents are shuffled when they are written.
+    The border is the first start of a document (of a pair) past 1 -
+    validation_fraction of the tokens; documents are shuffled when they are
+    written.
+
+    Returns:
+      The offset at which each document of the split starts, and its end.
     """
     border = (1.0 - validation_fraction) * len(self.tokens)
-    border = int(self.documents[np.searchsorted(self.documents, border)])
-    return self.tokens[:border] if name == 'train' else self.tokens[border:]
+    border = int(np.searchsorted(self.documents, border))
+    if self.layout == 'pairs':
+      border += border % 2
+    return (
+      self.documents[: border + 1]
+      if name == 'train'
+      else self.documents[border:]
+    )
 
 
 def _map(path: pathlib.Path) -> np.ndarray:
@@ -362,7 +396,8 @@ class TokenArrayData:
 
   Attributes:
     folder: token arrays, as `write_token_arrays` leaves them.
-    objective: 'span_corruption' or 'prefix_lm'.
+    objective: 'span_corruption' or 'prefix_lm' of text, 'text_to_text' of
+      pairs, whose sides are cut to their lengths.
     batch_size: examples in a batch, B.
     task_feature_lengths: {'inputs': ..., 'targets': ...}, in tokens; inputs
       without the virtual tokens.
@@ -374,7 +409,8 @@ class TokenArrayData:
     sentinels: False leaves span corruption's sentinels out.
     window: tokens cut from the stream for an example. None takes the longest
       that fits for span corruption (568 for inputs 512 and targets 114) and
-      the longer of inputs and targets, less EOS, for prefix LM.
+      the longer of inputs and targets, less EOS, for prefix LM. Pairs have no
+      windows.
   """
 
   folder: str
@@ -414,7 +450,16 @@ class TokenArrayData:
         'noise_density must be in (0, 1) and mean_noise_span_length 1 or '
         f'more, got {self.noise_density} and {self.mean_noise_span_length}'
       )
-    self._check_window()
+    layout = 'pairs' if self.objective == 'text_to_text' else 'text'
+    if self.arrays.layout != layout:
+      raise UserError(
+        f'objective {self.objective} needs token arrays of {layout}, '
+        f'{self.folder} holds {self.arrays.layout}; write them with '
+        'scripts/prepare_corpus.py --'
+        f'{"pairs" if layout == "pairs" else "texts"}'
+      )
+    if layout == 'text':
+      self._check_window()
 
   @functools.cached_property
   def arrays(self) -> TokenArrays:
@@ -478,19 +523,27 @@ class TokenArrayData:
       )
 
   @functools.cached_property
-  def _stream(self) -> Int[np.ndarray, 'tokens']:
-    stream = self.arrays.split(self.split, self.validation_fraction)
-    if len(stream) < self.window_length:
+  def _documents(self) -> Int[np.ndarray, 'documents']:
+    documents = self.arrays.split(self.split, self.validation_fraction)
+    tokens = int(documents[-1] - documents[0])
+    needed = 2 if self.objective == 'text_to_text' else self.window_length
+    if tokens < needed:
       raise UserError(
-        f'split {self.split} of {self.folder} has {len(stream)} tokens, an '
-        f'example needs {self.window_length}; give more text, shorter '
+        f'split {self.split} of {self.folder} has {tokens} tokens, an '
+        f'example needs {needed}; give more text, shorter '
         'TASK_FEATURE_LENGTHS or another validation_fraction'
       )
-    return stream
+    return documents
 
-  @property
+  @functools.cached_property
+  def _stream(self) -> Int[np.ndarray, 'tokens']:
+    return self.arrays.tokens[self._documents[0] : self._documents[-1]]
+
+  @functools.cached_property
   def examples_per_epoch(self) -> int:
-    """Windows in one pass over the split."""
+    """Windows or pairs in one pass over the split."""
+    if self.objective == 'text_to_text':
+      return len(self._documents) // 2
     # A window less than would fit, so that the borders can move.
     length = self.window_length
     return max((len(self._stream) - length + 1) // length, 1)
@@ -498,12 +551,25 @@ class TokenArrayData:
   def _epoch(
     self, seed: int, epoch: int
   ) -> tuple[int, Int[np.ndarray, 'windows']]:
-    """An epoch's offset in the stream and its order of windows."""
+    """An epoch's offset in the stream and its order of windows or pairs."""
     rng = np.random.default_rng((_EPOCH_STREAM, seed, epoch))
-    windows = self.examples_per_epoch
-    spare = len(self._stream) - windows * self.window_length
-    offset = int(rng.integers(min(spare + 1, self.window_length)))
+    windows, offset = self.examples_per_epoch, 0
+    if self.objective != 'text_to_text':
+      spare = len(self._stream) - windows * self.window_length
+      offset = int(rng.integers(min(spare + 1, self.window_length)))
     return offset, rng.permutation(windows)
+
+  def _pair(
+    self, number: int
+  ) -> tuple[Int[np.ndarray, 'inputs'], Int[np.ndarray, 'targets']]:
+    """Input and target of a pair of the split, cut to their lengths."""
+    sides = []
+    for which, name in enumerate(('inputs', 'targets')):
+      begin, end = self._documents[2 * number + which :][:2]
+      end = min(end - 1, begin + self.task_feature_lengths[name] - 1)
+      ids = np.asarray(self.arrays.tokens[begin:end], np.int32)
+      sides.append(np.append(ids, np.int32(_EOS)))
+    return sides[0], sides[1]
 
   def example(
     self, window: Int[np.ndarray, 'w'], rng: np.random.Generator
@@ -549,7 +615,6 @@ class TokenArrayData:
       decoder_input_tokens, decoder_target_tokens and decoder_loss_weights
       [B, L]. Batch i depends on (seed, i) alone.
     """
-    stream, length = self._stream, self.window_length
     inputs_length = self.task_feature_lengths['inputs']
     if virtual_tokens is not None:
       inputs_length += virtual_tokens.length
@@ -564,9 +629,14 @@ class TokenArrayData:
         epoch, position = divmod(first + row, windows)
         if epoch != current:
           current, (offset, order) = epoch, self._epoch(seed, epoch)
-        begin = offset + int(order[position]) * length
-        rng = np.random.default_rng((_WINDOW_STREAM, seed, first + row))
-        source, target = self.example(stream[begin : begin + length], rng)
+        if self.objective == 'text_to_text':
+          source, target = self._pair(int(order[position]))
+        else:
+          begin = offset + int(order[position]) * self.window_length
+          source, target = self.example(
+            self._stream[begin : begin + self.window_length],
+            np.random.default_rng((_WINDOW_STREAM, seed, first + row)),
+          )
         if virtual_tokens is not None:
           source = virtual_tokens.place(source, virtual_tokens.ids())
         encoder[row, : len(source)] = source

@@ -31,6 +31,10 @@ def load(name):
 
 prepare_corpus = load('prepare_corpus')
 debian_text = load('debian_text')
+# It imports the two others as scripts do.
+sys.path.insert(0, str(SCRIPTS))
+text_pairs = load('text_pairs')
+sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture
@@ -270,3 +274,87 @@ def test_a_debian_package_becomes_text_and_a_table_of_sources(tmp_path):
   assert output.read_text() == f'{PROSE}\n{other}\n\n'
   table = (tmp_path / 'out.txt.sources.md').read_text()
   assert '| news-doc | 1.5 | CC-BY-4.0 | 0.00 |' in table
+
+
+# Pairs.
+
+# Offsets, groups and pointers as wndb(5WN) has them; glosses are ours.
+_NOUNS = """  1 A line of the licence begins with spaces.
+00000001 05 n 02 big_cat 0 tom 1 002 @ 00000002 n 0000 ;c 00000003 n 0000 | \
+it roars; "a big cat roared"; "two"
+00000002 03 n 01 beast 0 000 | a living thing
+00000003 09 n 01 zoology 0 000 | the study of beasts
+"""
+
+
+def test_wordnet_gives_word_kind_group_and_topic(tmp_path):
+  (tmp_path / 'data.noun').write_text(_NOUNS)
+  for part in ('verb', 'adv'):
+    (tmp_path / f'data.{part}').write_text('')
+  (tmp_path / 'data.adj').write_text(
+    '00000004 00 s 01 tame(p) 0 000 | not wild\n'
+  )
+  text = 'it roars: "a big cat roared"; "two"'
+  assert sorted(set(text_pairs.wordnet_pairs(tmp_path))) == [
+    ('group: it roars: "a big cat roared"; "two"', 'animal'),
+    ('group: the study of beasts', 'cognition'),
+    (f'kind: {text}', 'beast'),
+    (f'topic: {text}', 'zoology'),
+    ('word: a living thing', 'beast'),
+    (f'word: {text}', 'big cat'),
+    (f'word: {text}', 'tom'),
+    ('word: not wild', 'tame'),
+    ('word: the study of beasts', 'zoology'),
+  ]
+
+
+def test_packages_give_sections_once_a_description():
+  listing = (
+    'Package: a\nDescription: plays chess\nSection: games\n\n'
+    'Package: b\nDescription: plays chess\nSection: games\n\n'
+    'Package: c\nDescription: a shell\nSection: contrib/shells\n\n'
+    'Package: d\nSection: math\n'
+  )
+  assert list(text_pairs.package_pairs(listing)) == [
+    ('section: plays chess', 'games'),
+    ('section: a shell', 'shells'),
+  ]
+
+
+def test_keywords_are_frequent_here_and_rare_elsewhere():
+  paragraphs = ['common words everywhere stand'] * 100
+  paragraphs += ['common goal goal words match keeper stand'] * 30
+  found = set(text_pairs.keyword_pairs(paragraphs, 1000))
+  assert (
+    'keywords: common goal goal words match keeper stand',
+    'goal, keeper, match',
+  ) in found
+
+
+def test_pairs_become_arrays_that_keep_them_together(tmp_path, capsys):
+  vocabulary = str(
+    pathlib.Path(prepare_corpus.vocabularies.__file__).parents[1]
+    / 'bundled/t5_1_1_mini/spiece.model'
+  )
+  path = tmp_path / 'pairs.tsv'
+  pairs = [(f'kind: a word {i}', f'answer {i}') for i in range(30)]
+  text_pairs.write_pairs(pairs, path, seed=3)
+  output = tmp_path / 'arrays'
+  arguments = ['--pairs', path, '--vocabulary', vocabulary, '--output', output]
+  assert prepare_corpus.main(list(map(str, arguments))) == 0
+  arrays = TokenArrays.open(output)
+  texts = [
+    arrays.vocabulary.decode(arrays.tokens[begin : end - 1].tolist())
+    for begin, end in zip(arrays.documents, arrays.documents[1:])
+  ]
+  assert arrays.layout == 'pairs'
+  assert sorted(zip(texts[::2], texts[1::2], strict=True)) == sorted(pairs)
+
+
+@pytest.mark.parametrize('line', ['no tab', 'a\tb\tc', '\tb', 'a\t '])
+def test_a_line_that_is_no_pair_is_named(tmp_path, capsys, line):
+  path = tmp_path / 'pairs.tsv'
+  path.write_text(f'a\tb\n{line}\n')
+  arguments = ['--vocabulary', 't5_1_1_mini', '--output', tmp_path / 'a']
+  assert prepare_corpus.main(['--pairs', str(path), *map(str, arguments)]) == 1
+  assert f'{path}, line 2: an input and a target' in capsys.readouterr().err
