@@ -59,6 +59,9 @@ setuptools.setup(
     'jaxtyping>=0.2.36',
     'numpy>=1.26',
     'scikit-learn>=1.4',
+    'scipy>=1.11',
+    # tensorflow-datasets imports it and does not ask for it.
+    'importlib_resources',
     'matplotlib>=3.8',
   ],
   extras_require={

@@ -47,6 +47,9 @@ CONFIGURABLES = {
   'beam_search': 'prompt_tuning.models.decoding:beam_search',
   # Data and evaluation.
   'TaskData': 'prompt_tuning.data.task_data:TaskData',
+  'classification_task': (
+    'prompt_tuning.data.classification:classification_task'
+  ),
   'TokenArrayData': 'prompt_tuning.data.token_arrays:TokenArrayData',
   'Evaluation': 'prompt_tuning.training.evaluator:Evaluation',
   # Optimisation.

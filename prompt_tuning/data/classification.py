@@ -18,11 +18,11 @@ import pathlib
 import string
 
 import seqio
-import tensorflow as tf
 
 from prompt_tuning.data import metrics
 from prompt_tuning.data import task_data
 from prompt_tuning.data.postprocessors import LabelToId
+from prompt_tuning.data.sources import RowsSource
 from prompt_tuning.data.tables import Row
 from prompt_tuning.data.tables import read_rows
 from prompt_tuning.data.vocabularies import EXTRA_IDS
@@ -34,61 +34,6 @@ Rows = str | os.PathLike | Iterable[Row] | Callable[[], Iterable[Row]]
 BUNDLED_VOCABULARY = (
   pathlib.Path(__file__).parents[1] / 'bundled/t5_1_1_mini/spiece.model'
 )
-
-
-class TextToTextSource(seqio.DataSource):
-  """A seqio source of (inputs, targets) strings that fit in memory.
-
-  A split is read when it is first used. Where shuffling is asked for, an epoch
-  is a new permutation of all of it, so files sorted by label do no harm.
-  """
-
-  def __init__(
-    self,
-    read_split: Callable[[str], tuple[Sequence[str], Sequence[str]]],
-    splits: Iterable[str],
-  ):
-    self._read_split = read_split
-    self._examples = {}
-    super().__init__(splits=tuple(splits), performs_internal_shuffling=True)
-
-  def examples(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
-    """All inputs and all targets of a split, in the order of its rows."""
-    if split not in self._examples:
-      self._examples[split] = self._read_split(split)
-    return self._examples[split]
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
-
-  def list_shards(self, split: str) -> Sequence[str]:
-    return [split]
-
-  def num_input_examples(self, split: str) -> int:
-    return len(self.examples(split)[0])
-
-  def get_dataset(
-    self,
-    split: str = 'train',
-    shuffle: bool = True,
-    seed: int | None = None,
-    shard_info: seqio.ShardInfo | None = None,
-  ) -> tf.data.Dataset:
-    inputs, targets = self.examples(split)
-    if shard_info is not None:
-      mine = slice(shard_info.index, None, shard_info.num_shards)
-      inputs, targets = inputs[mine], targets[mine]
-    texts = {
-      'inputs': tf.constant(inputs, tf.string, [len(inputs)]),
-      'targets': tf.constant(targets, tf.string, [len(targets)]),
-    }
-    order = tf.data.Dataset.range(len(inputs))
-    if shuffle and inputs:
-      order = order.shuffle(len(inputs), seed=seed)
-    return order.map(
-      lambda i: {name: tf.gather(values, i) for name, values in texts.items()}
-    )
 
 
 def register_classification_task(
@@ -131,7 +76,7 @@ def register_classification_task(
     )
 
   def read_split(split):
-    inputs, targets = [], []
+    rows = []
     for place, row in _located_rows(name, split, splits[split]):
       for field in (*filter(None, fields), label_field):
         if field not in row:
@@ -139,9 +84,13 @@ def register_classification_task(
             f'{place}: task {name} needs the field {field!r}, '
             f'the row has {", ".join(map(repr, row))}'
           )
-      inputs.append(template.format(**row))
-      targets.append(_label(row[label_field], labels, place))
-    return inputs, targets
+      rows.append(
+        {
+          'inputs': template.format(**row),
+          'targets': _label(row[label_field], labels, place),
+        }
+      )
+    return rows
 
   if vocabulary is None:
     # Not looked at before it is used, and a run with its own never does.
@@ -151,7 +100,7 @@ def register_classification_task(
   feature = seqio.Feature(vocabulary=ids)
   return seqio.TaskRegistry.add(
     name,
-    source=TextToTextSource(read_split, splits),
+    source=RowsSource(read_split, splits, {'inputs': str, 'targets': str}),
     preprocessors=[
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
@@ -165,6 +114,47 @@ def register_classification_task(
     ],
     shuffle_buffer_size=None,  # the source shuffles
   )
+
+
+def classification_task(
+  name: str,
+  splits: Mapping[str, str],
+  labels: Sequence[str],
+  template: str = 'text: {text}',
+  label_field: str = 'label',
+) -> str:
+  """Registers a classification task on files and returns its name.
+
+  For configuration: MIXTURE_OR_TASK_NAME = @classification_task(). Called again
+  with the same arguments, as each use of the macro does, it registers nothing.
+
+  Args:
+    name: see `register_classification_task`, like the following.
+    splits: {'train': 'train.jsonl', ...}, .jsonl, .csv or .tsv files.
+    labels: the words of the answers.
+    template: of the inputs.
+    label_field: the field with the label.
+  """
+  arguments = (dict(splits), tuple(labels), template, label_field)
+  if _from_configuration.get(name) != arguments:
+    for split, path in splits.items():
+      if not pathlib.Path(path).is_file():
+        raise UserError(
+          f'task {name}, split {split!r}: there is no file {path}'
+        )
+    register_classification_task(
+      name,
+      splits,
+      labels=labels,
+      template=template,
+      label_field=label_field,
+    )
+    _from_configuration[name] = arguments
+  return name
+
+
+# What `classification_task` registered: {name: its arguments}.
+_from_configuration = {}
 
 
 def _located_rows(name, split, rows) -> Iterable[tuple[str, Row]]:

@@ -1,7 +1,8 @@
-"""Rows of text from JSONL, CSV and TSV files."""
+"""Rows of text from JSONL, CSV and TSV files, compressed with gzip or not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import csv
+import gzip
 import json
 import os
 import pathlib
@@ -13,12 +14,45 @@ Row = Mapping[str, object]
 DELIMITERS = {'.csv': ',', '.tsv': '\t'}
 
 
-def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
+def read_text(path: str | os.PathLike) -> str:
+  """The text of a UTF-8 file, with or without byte order mark, .gz unpacked.
+
+  Raises:
+    UserError: naming file and line, if it cannot be read or is not UTF-8.
+  """
+  path = pathlib.Path(path)
+  try:
+    data = path.read_bytes()
+    if path.suffix == '.gz':
+      data = gzip.decompress(data)
+    return data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = error.object.count(b'\n', 0, error.start) + 1
+    raise UserError(
+      f'{path}:{line}: the file must be UTF-8, got byte'
+      f' 0x{error.object[error.start]:02x}; convert it (iconv -t utf-8)'
+    ) from error
+  except (OSError, EOFError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'{path}: cannot be read ({reason}); check the path') from (
+      error
+    )
+
+
+def read_rows(
+  path: str | os.PathLike,
+  *,
+  names: Sequence[str] | None = None,
+  drop_short: bool = False,
+) -> list[tuple[str, Row | None]]:
   """The rows of a table file, each with its place for error messages.
 
   Args:
-    path: .jsonl (an object a line), .csv or .tsv (with a line of names); UTF-8,
-      with or without byte order mark. Blank lines of JSONL are left out.
+    path: .jsonl (an object a line), .csv or .tsv (with a line of names), or one
+      of these with .gz; UTF-8. Blank lines of JSONL are left out.
+    names: of the columns, for .csv and .tsv without a line of names.
+    drop_short: None stands for a row with too few cells, which is an error
+      otherwise.
 
   Returns:
     [('file.jsonl:3', {'text': ..., 'label': ...}), ...]
@@ -27,28 +61,21 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
     UserError: naming file and line, if something is not as described.
   """
   path = pathlib.Path(path)
-  if path.suffix not in ('.jsonl', *DELIMITERS):
+  suffix = (
+    pathlib.Path(path.stem).suffix if path.suffix == '.gz' else path.suffix
+  )
+  if suffix not in ('.jsonl', *DELIMITERS):
     raise UserError(
       f'{path}: rows are read from .jsonl, .csv or .tsv files, '
       f'got {path.suffix or "no suffix"}'
     )
-  try:
-    text = path.read_text(encoding='utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = error.object.count(b'\n', 0, error.start) + 1
-    raise UserError(
-      f'{path}:{line}: the file must be UTF-8, got byte'
-      f' 0x{error.object[error.start]:02x}; convert it (iconv -t utf-8)'
-    ) from error
-  except OSError as error:
-    raise UserError(
-      f'{path}: cannot be read ({error.strerror}); check the path'
-    ) from error
   # Lines end at \n alone: text may hold U+2028 and the like.
-  lines = text.split('\n')
-  if path.suffix == '.jsonl':
+  lines = read_text(path).split('\n')
+  if suffix == '.jsonl':
     return list(_json_rows(path, lines))
-  return list(_delimited_rows(path, lines, DELIMITERS[path.suffix]))
+  return list(
+    _delimited_rows(path, lines, DELIMITERS[suffix], names, drop_short)
+  )
 
 
 def _json_rows(path, lines) -> Iterator[tuple[str, Row]]:
@@ -69,19 +96,28 @@ def _json_rows(path, lines) -> Iterator[tuple[str, Row]]:
     yield f'{path}:{number}', row
 
 
-def _delimited_rows(path, lines, delimiter) -> Iterator[tuple[str, Row]]:
+def _delimited_rows(
+  path, lines, delimiter, names, drop_short
+) -> Iterator[tuple[str, Row | None]]:
   # Quotes are text in TSV (as in GLUE's files) and quote cells in CSV.
   quoting = csv.QUOTE_MINIMAL if delimiter == ',' else csv.QUOTE_NONE
   reader = csv.reader(
-    (line + '\n' for line in lines), delimiter=delimiter, quoting=quoting
+    (line.removesuffix('\r') + '\n' for line in lines),
+    delimiter=delimiter,
+    quoting=quoting,
   )
-  names = next(reader, [])
+  if names is None:
+    names = next(reader, [])
   for cells in reader:
     if not cells:
       continue
+    place = f'{path}:{reader.line_num}'
+    if len(cells) < len(names) and drop_short:
+      yield place, None
+      continue
     if len(cells) != len(names):
       raise UserError(
-        f'{path}:{reader.line_num}: a row must have {len(names)} cells'
+        f'{place}: a row must have {len(names)} cells'
         f' ({", ".join(names)}), got {len(cells)}'
       )
-    yield f'{path}:{reader.line_num}', dict(zip(names, cells, strict=True))
+    yield place, dict(zip(names, cells, strict=True))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import os
 import sys
@@ -24,7 +25,17 @@ if typing.TYPE_CHECKING:
   import seqio
 
 # Importing one of these registers its tasks.
-TASK_MODULES = ('prompt_tuning.data.bbc',)
+TASK_MODULES = tuple(
+  f'prompt_tuning.data.{name}'
+  for name in (
+    'bbc',
+    'glue',
+    'super_glue',
+    'transfer',
+    'question_answering',
+    'pretraining',
+  )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +54,10 @@ class TaskData:
     prompt_indices: which prompt of the table each task's examples get,
       {task name: index}; None gives all of them prompt 0, or that of their own
       feature `prompt_index`.
+    local_data_dir: a folder with raw files (see `local_files`) to read instead
+      of TFDS data sets.
+    target_sentinel: puts <extra_id_0> in front of the targets, as a model that
+      knows span corruption alone expects them (Lester et al. 2021, 3.2).
     shuffle: whether examples come in a random order (drawn from the seed).
     shard_index: the part of the data this process reads.
     num_shards: how many processes share the data.
@@ -56,17 +71,21 @@ class TaskData:
   vocabulary: str | None = None
   modules: Sequence[str] = ()
   prompt_indices: Mapping[str, int] | None = None
+  local_data_dir: str | None = None
+  target_sentinel: bool = False
   shuffle: bool = True
   shard_index: int = 0
   num_shards: int = 1
 
   def task(self) -> 'seqio.Task | seqio.Mixture':
-    """The task or mixture, with this vocabulary and these prompt indices."""
+    """The task or mixture, changed as the attributes say."""
     return get_task(
       self.mixture_or_task_name,
       vocabulary=self.vocabulary,
       modules=self.modules,
       prompt_indices=self.prompt_indices,
+      local_data_dir=self.local_data_dir,
+      target_sentinel=self.target_sentinel,
     )
 
   def class_labels(self) -> list[str] | None:
@@ -90,6 +109,7 @@ class TaskData:
     import seqio
 
     from prompt_tuning.data import feature_converter
+    from prompt_tuning.data import lengths as lengths_lib
 
     if self.batch_size % self.num_shards:
       raise UserError(
@@ -99,6 +119,7 @@ class TaskData:
     task = self.task()
     rows = None if virtual_tokens is None else virtual_tokens.first_id
     lengths = check_task(task, self.split, self.task_feature_lengths, rows)
+    lengths_lib.check_truncation(task, self.split, lengths)
     if virtual_tokens is not None:
       for index in (self.prompt_indices or {}).values():
         virtual_tokens.ids(index)  # raises where there is no such prompt
@@ -149,23 +170,28 @@ class TaskData:
 
 def get_task(
   name: str,
-  vocabulary: str | None = None,
+  *,
   modules: Sequence[str] = (),
+  vocabulary: str | None = None,
   prompt_indices: Mapping[str, int] | None = None,
+  local_data_dir: str | None = None,
+  target_sentinel: bool = False,
 ) -> 'seqio.Task | seqio.Mixture':
-  """A registered task or mixture, with another vocabulary if one is named.
+  """A registered task or mixture, changed where something else is asked for.
 
-  What is registered stays as it is: a task with another vocabulary is a new
-  object of the same name, source, preprocessors and metrics.
+  What is registered stays as it is: a changed task is a new object of the same
+  name, with what is not changed from the old.
 
   Args:
     name: of a task or mixture of seqio's registries.
-    vocabulary: a path or name for `vocabularies.load_vocabulary`.
     modules: imported first, since importing them registers tasks.
-    prompt_indices: see `TaskData`.
+    vocabulary: a path or name for `vocabularies.load_vocabulary`.
+    prompt_indices: see `TaskData`, like the following.
+    local_data_dir: for tasks on TFDS data sets; others read what they read.
+    target_sentinel: predictions lose the sentinel before they are scored.
 
   Raises:
-    UserError: if there is no such task, module or vocabulary, or if
+    UserError: if there is no such task, module, vocabulary or file, or if
       prompt_indices leaves out a task of the mixture.
   """
   import seqio
@@ -180,17 +206,19 @@ def get_task(
       ' registers more can be named in modules'
     )
   found = seqio.get_mixture_or_task(name)
-  if vocabulary is None and prompt_indices is None:
-    return found
+  change = functools.partial(
+    _with_changes,
+    vocabulary=vocabulary,
+    prompt_indices=prompt_indices,
+    local_data_dir=local_data_dir,
+    target_sentinel=target_sentinel,
+  )
   if isinstance(found, seqio.Task):
-    return _with_changes(found, vocabulary, prompt_indices)
+    return change(found)
   return seqio.Mixture(
     found.name,
     # `tasks` and `get_rate` are those of nested mixtures too.
-    [
-      (_with_changes(task, vocabulary, prompt_indices), found.get_rate(task))
-      for task in found.tasks
-    ],
+    [(change(task), found.get_rate(task)) for task in found.tasks],
     sample_fn=found._sample_fn,  # has no public name
   )
 
@@ -213,15 +241,30 @@ def _import_task_modules(modules: Sequence[str]) -> None:
 
 def _with_changes(
   task: 'seqio.Task',
+  *,
   vocabulary: str | None,
   prompt_indices: Mapping[str, int] | None,
+  local_data_dir: str | None,
+  target_sentinel: bool,
 ) -> 'seqio.Task':
   import seqio
   import tensorflow as tf
 
+  from prompt_tuning.data import local_files
+  from prompt_tuning.data import postprocessors
+  from prompt_tuning.data import preprocessors
   from prompt_tuning.data.feature_converter import PROMPT_INDEX
 
   changes = {}
+  steps = list(task.preprocessors)
+  if local_data_dir is not None and isinstance(
+    task.source, seqio.TfdsDataSource
+  ):
+    changes['source'] = local_files.source(
+      task.source.tfds_dataset.name,
+      local_data_dir,
+      task.source.tfds_dataset._split_map,  # has no public name
+    )
   if vocabulary is not None:
     replacement = load_vocabulary(vocabulary).seqio()
     changes['output_features'] = {
@@ -231,6 +274,22 @@ def _with_changes(
       else dataclasses.replace(feature, vocabulary=replacement)
       for key, feature in task.output_features.items()
     }
+  if target_sentinel:
+    if seqio.preprocessors.tokenize not in steps:
+      raise UserError(
+        f'target_sentinel needs a task that tokenizes its text, {task.name}'
+        ' does not'
+      )
+    steps.insert(
+      steps.index(seqio.preprocessors.tokenize) + 1,
+      functools.partial(
+        preprocessors.add_sentinel, feature='targets', number=0
+      ),
+    )
+    if task.postprocessor is not None:
+      changes['postprocess_fn'] = postprocessors.WithoutSentinel(
+        task.postprocessor
+      )
   if prompt_indices is not None:
     if task.name not in prompt_indices:
       raise UserError(
@@ -244,8 +303,10 @@ def _with_changes(
         lambda example: {**example, PROMPT_INDEX: tf.constant(index, tf.int32)}
       )
 
-    changes['preprocessors'] = [*task.preprocessors, choose_prompt]
-  return task.replace(**changes)
+    steps.append(choose_prompt)
+  if len(steps) > len(task.preprocessors):
+    changes['preprocessors'] = steps
+  return task.replace(**changes) if changes else task
 
 
 def check_task(
@@ -301,6 +362,8 @@ def check_task(
       f'the vocabulary of task {task.name} has {size} pieces, the model'
       f' {rows} rows; give the vocabulary of the model'
     )
+  for part in seqio.get_subtasks(task):
+    _require_tfds_data(part)
   if split not in task.splits:
     raise UserError(
       f'task {task.name} has no split {split!r}; '
@@ -322,6 +385,29 @@ def check_task(
           ' files and filters'
         )
   return lengths
+
+
+def _require_tfds_data(task: 'seqio.Task') -> None:
+  """Raises UserError where a TFDS data set is not on this machine."""
+  import seqio
+  import tensorflow_datasets as tfds
+
+  if not isinstance(task.source, seqio.TfdsDataSource):
+    return
+  name = task.source.tfds_dataset.name
+  try:
+    present = bool(task.source.tfds_dataset.info.splits)
+  except (tfds.core.DatasetNotFoundError, OSError, ValueError):
+    present = False
+  if not present:
+    folder = task.source.tfds_dataset.data_dir or tfds.core.constants.DATA_DIR
+    raise UserError(
+      f'task {task.name} reads the TFDS data set {name}, which is not in'
+      f' {folder} (TFDS_DATA_DIR). With internet: tfds build {name}. From raw'
+      f' files: scripts/prepare_data.py --data_sets {name.partition(":")[0]}'
+      f' --local_data_dir RAW --tfds_data_dir {folder}, or read them as they'
+      ' are by LOCAL_DATA_DIR'
+    )
 
 
 def require_shuffling(task: 'seqio.Task | seqio.Mixture') -> None:
@@ -363,14 +449,14 @@ def reading(task: 'seqio.Task | seqio.Mixture', split: str):
 
 
 def class_labels(task: 'seqio.Task | seqio.Mixture') -> list[str] | None:
-  """The labels of a classification task, None if it is none.
+  """The answers of a classification task, None if it is none.
 
-  They are those of its postprocessor (see `postprocessors.LabelToId`). A
-  mixture has its tasks' labels, each once.
+  They are the `words` of its postprocessor (see `postprocessors`). A mixture
+  has its tasks' words, each once.
   """
   import seqio
 
   labels = {}
   for part in seqio.get_subtasks(task):
-    labels.update(dict.fromkeys(getattr(part.postprocessor, 'labels', ())))
+    labels.update(dict.fromkeys(getattr(part.postprocessor, 'words', ())))
   return list(labels) or None

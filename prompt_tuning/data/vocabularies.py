@@ -53,6 +53,7 @@ class Vocabulary:
     """Reads the model; UserError where the file is missing or no such model."""
     self.path = str(path)
     self.extra_ids = extra_ids
+    self._seqio = None
     try:
       serialised = pathlib.Path(path).read_bytes()
     except OSError as error:
@@ -137,7 +138,9 @@ class Vocabulary:
     """The same vocabulary for seqio tasks; imports seqio and TensorFlow."""
     import seqio
 
-    return seqio.SentencePieceVocabulary(self.path, self.extra_ids)
+    if self._seqio is None:  # its model is read once for all tasks
+      self._seqio = seqio.SentencePieceVocabulary(self.path, self.extra_ids)
+    return self._seqio
 
 
 def bundled_vocabularies() -> list[str]:

@@ -1,5 +1,6 @@
 """Evaluation of a task's metrics on decoded text, by seqio's Evaluator."""
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -39,7 +40,9 @@ class Evaluation:
       likelihood, and not what decoding gives.
     vocabulary: path or name of a vocabulary to use instead of the task's own.
     modules: Python modules that register further tasks when imported.
-    prompt_indices: as `TaskData`'s.
+    prompt_indices: as `TaskData`'s, like the following two.
+    local_data_dir: a folder with raw files instead of TFDS data sets.
+    target_sentinel: predictions begin with <extra_id_0>.
     seed: of that sample, and of decoding that samples.
   """
 
@@ -52,6 +55,8 @@ class Evaluation:
   vocabulary: str | None = None
   modules: Sequence[str] = ()
   prompt_indices: Mapping[str, int] | None = None
+  local_data_dir: str | None = None
+  target_sentinel: bool = False
   seed: int = 0
 
   def build(
@@ -96,6 +101,8 @@ class Evaluator:
       vocabulary=evaluation.vocabulary,
       modules=evaluation.modules,
       prompt_indices=evaluation.prompt_indices,
+      local_data_dir=evaluation.local_data_dir,
+      target_sentinel=evaluation.target_sentinel,
     )
     lengths = task_data.check_task(
       provider,
@@ -131,6 +138,7 @@ class Evaluator:
         f'evaluation needs a task with metrics, {provider.name} has none for'
         f' split {evaluation.split!r}'
       )
+    self._name = provider.name
     self._tasks = {
       task.name: _TaskExamples(task, self._seqio, evaluation)
       for task in self._seqio.eval_tasks
@@ -167,6 +175,9 @@ class Evaluator:
   ) -> dict[str, float]:
     """The metrics of all tasks, {'task/metric': value}.
 
+    'task/score' is the mean of a task's metrics, 'mixture/score' the mean of
+    that over the tasks of a mixture.
+
     Writes `inference/<task>-<step>.jsonl` (input, target, prediction: one line
     an example) and adds a line to `eval_metrics.jsonl`; where a resumed run
     evaluates a step again, the later line counts.
@@ -193,6 +204,11 @@ class Evaluator:
         value = getattr(value, 'value', value)
         if isinstance(value, (int, float, np.number)):
           values[f'{task}/{name}'] = float(value)
+    values.update(scores(values))
+    if len(self._tasks) > 1:
+      found = [value for name, value in values.items() if _is_score(name)]
+      if found:
+        values[f'{self._name}/score'] = sum(found) / len(found)
     with _writing(self._output_dir):
       for task, output in outputs.items():
         self._write_inference(self._tasks[task], output, step)
@@ -280,6 +296,27 @@ class Evaluator:
     part.replace(path)
 
 
+def _is_score(name: str) -> bool:
+  return name.endswith('/score')
+
+
+def scores(values: Mapping[str, float]) -> dict[str, float]:
+  """{'task/score': mean of the task's metrics}, by which prompts are compared.
+
+  The paper stops early on it (Lester et al. 2021, section 3); its mean over
+  SuperGLUE's tasks is SuperGLUE's score. Shares say how to read a metric and
+  are none.
+  """
+  metrics = collections.defaultdict(list)
+  for name, value in values.items():
+    task, _, metric = name.rpartition('/')
+    if not metric.endswith('_share'):
+      metrics[task].append(value)
+  return {
+    f'{task}/score': sum(found) / len(found) for task, found in metrics.items()
+  }
+
+
 class _TaskExamples:
   """One task's examples as text and as batches of one size."""
 
@@ -303,7 +340,9 @@ class _TaskExamples:
     }
     self.label_tokens = None
     if evaluation.rank_classification:
-      self.label_tokens = _label_tokens(task, self.vocabulary)
+      self.label_tokens = _label_tokens(
+        task, self.vocabulary, evaluation.target_sentinel
+      )
 
   def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """All examples in order, in batches of one size.
@@ -340,7 +379,9 @@ def _text(task, example, feature: str) -> str:
   return str(vocabulary.decode(example[feature].tolist()))
 
 
-def _label_tokens(task, vocabulary) -> Int[np.ndarray, 'C L']:
+def _label_tokens(
+  task, vocabulary, target_sentinel: bool
+) -> Int[np.ndarray, 'C L']:
   """The ids of the task's labels with EOS, padded with 0."""
   labels = task_data.class_labels(task)
   if labels is None:
@@ -349,13 +390,15 @@ def _label_tokens(task, vocabulary) -> Int[np.ndarray, 'C L']:
       ' evaluate it with rank_classification=False'
     )
   rows = [[*vocabulary.encode(label), vocabulary.eos_id] for label in labels]
-  for number, (label, row) in enumerate(zip(labels, rows, strict=True)):
+  for label, row in zip(labels, rows, strict=True):
     written = vocabulary.decode(row)
-    if task.postprocess_fn(written, is_target=False) != number:
+    if written != label:
       raise UserError(
         f'the vocabulary cannot write the label {label!r} of task'
         f' {task.name}: it comes back as {written!r}; choose other labels'
       )
+  if target_sentinel:
+    rows = [[vocabulary.vocab_size - 1, *row] for row in rows]
   tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
   for number, row in enumerate(rows):
     tokens[number, : len(row)] = row

@@ -6,9 +6,10 @@ from prompt_tuning.data.postprocessors import LabelToId
 
 def test_a_prediction_that_is_no_label_becomes_minus_one():
   to_id = LabelToId(('bad', 'good'))
-  assert [to_id(text) for text in ('good', ' bad ', 'goo', '')] == [
+  assert [to_id(text) for text in ('good', 'bad', ' bad', 'goo', '')] == [
     1,
     0,
+    -1,
     -1,
     -1,
   ]

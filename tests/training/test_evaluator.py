@@ -119,6 +119,28 @@ def test_metrics_are_of_the_examples_and_not_of_rows_that_fill_a_batch(
   assert logged == {'step': 7, 'split': 'validation', **result}
 
 
+def test_a_task_has_a_score_and_a_mixture_the_mean_of_its_tasks(task, tmp_path):
+  half = task.replace(name='eval_half', metric_fns=task.metric_fns[:1])
+  seqio.TaskRegistry.add_provider('eval_half', half)
+  seqio.MixtureRegistry.add('eval_both', ['eval_task', 'eval_half'], 1.0)
+  try:
+    evaluator = Evaluation('eval_both', LENGTHS, batch_size=4).build(
+      FakeModel(), VIRTUAL, tmp_path
+    )
+    found = evaluator.evaluate({'answer': answer(task, 'positive')}, 7)
+  finally:
+    seqio.MixtureRegistry.remove('eval_both')
+    seqio.TaskRegistry.remove('eval_half')
+  # Two of five are positive: F1 is 0 for one label, 4/7 for the other. Shares
+  # are none of the metrics.
+  macro_f1 = 100 * (4 / 7) / 2
+  assert found['eval_task/score'] == pytest.approx((40 + macro_f1) / 2)
+  assert found['eval_half/score'] == pytest.approx(40)
+  assert found['eval_both/score'] == pytest.approx(
+    (found['eval_task/score'] + 40) / 2
+  )
+
+
 def test_functions_are_compiled_at_the_first_evaluation_only(task, tmp_path):
   model = FakeModel()
   evaluator = Evaluation('eval_task', LENGTHS, batch_size=2).build(
