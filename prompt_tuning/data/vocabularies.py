@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies as T5 has them: pad 0, EOS 1, sentinels on top.
+"""T5's vocabularies, SentencePiece or bytes: pad 0, EOS 1, sentinels on top.
 
 TensorFlow is not needed here: `Vocabulary` encodes and decodes with the
 sentencepiece package; `Vocabulary.seqio()` builds seqio's own (which imports
@@ -21,6 +21,8 @@ EXTRA_IDS = 100
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent.parent / 'bundled'
 _MODEL_FILE = 'spiece.model'
+# The name of ByT5's vocabulary, which needs no file.
+BYTES = 'byt5'
 
 
 def _sentinel_piece(number: int) -> bytes:
@@ -143,6 +145,61 @@ class Vocabulary:
     return self._seqio
 
 
+class ByteVocabulary:
+  """ByT5's: the bytes of UTF-8 text from id 3 on; mirrors `Vocabulary`.
+
+  There are no further ids for sentinels: they are the highest bytes, which
+  UTF-8 never uses, as in T5X's ByT5 (Xue et al. 2022).
+  """
+
+  pad_id = PAD_ID
+  eos_id = EOS_ID
+  unk_id = UNK_ID
+  path = BYTES
+  size = 3 + 256
+  extra_ids = 0
+  digest = hashlib.sha256(BYTES.encode()).hexdigest()
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, without EOS."""
+    return [byte + 3 for byte in text.encode('utf-8')]
+
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+    """Ids of many texts, without EOS."""
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of ids up to the first EOS; what is no byte of UTF-8 is dropped."""
+    kept = bytearray()
+    for token in ids:
+      token = int(token)
+      if token == EOS_ID:
+        break
+      if 3 <= token < self.size:
+        kept.append(token - 3)
+    return kept.decode('utf-8', errors='ignore')
+
+  def sentinel(self, number: int) -> int:
+    """Id of the sentinel of this number, counting down from the last id."""
+    return self.size - 1 - number
+
+  def piece(self, token: int) -> str:
+    """How a byte is written: the character or <0xNN>."""
+    if not 0 <= token < self.size:
+      raise UserError(
+        f'the vocabulary {self.path} has {self.size} ids, id {token} was '
+        'asked for'
+      )
+    byte = token - 3
+    return chr(byte) if 32 <= byte < 127 else f'<0x{max(byte, 0):02x}>'
+
+  def seqio(self):
+    """The same vocabulary for seqio tasks; imports seqio and TensorFlow."""
+    import seqio
+
+    return seqio.ByteVocabulary()
+
+
 def bundled_vocabularies() -> list[str]:
   """Names of the vocabularies that the package brings."""
   return sorted(file.parent.name for file in _BUNDLED.glob(f'*/{_MODEL_FILE}'))
@@ -150,14 +207,16 @@ def bundled_vocabularies() -> list[str]:
 
 def load_vocabulary(
   path: str | pathlib.Path, extra_ids: int = EXTRA_IDS
-) -> Vocabulary:
+) -> Vocabulary | ByteVocabulary:
   """The vocabulary of a model file, a folder with one, or a bundled name.
 
   Args:
-    path: a SentencePiece model; a folder that holds a spiece.model; or the
-      name of a bundled vocabulary, such as 't5_1_1_mini'.
+    path: a SentencePiece model; a folder that holds a spiece.model; the name of
+      a bundled vocabulary, such as 't5_1_1_mini'; or 'byt5' for bytes.
     extra_ids: number of sentinels to add (T5 and mT5: 100).
   """
+  if path == BYTES:
+    return ByteVocabulary()
   given = pathlib.Path(path)
   bundled = _BUNDLED / str(path) / _MODEL_FILE
   if given.is_file():
@@ -169,7 +228,7 @@ def load_vocabulary(
   names = ', '.join(bundled_vocabularies()) or 'none'
   raise UserError(
     f'vocabulary {path!s} is neither a SentencePiece model file nor a bundled '
-    f'name (bundled: {names}); give the path of a spiece.model'
+    f'name (bundled: {names}; or {BYTES} for bytes); give the path of a spiece.model'
   )
 
 

@@ -156,3 +156,23 @@ def test_importing_and_using_needs_no_tensorflow(model_file):
     [sys.executable, '-c', code], capture_output=True, text=True
   )
   assert done.stdout == 'The film won\n', done.stderr
+
+
+def test_bytes_are_those_of_seqios_byte_vocabulary():
+  ours = vocabularies.load_vocabulary('byt5')
+  theirs = ours.seqio()
+  text = 'Größe: 5 € – naïve 日本'
+  assert ours.size == theirs.vocab_size == 259
+  assert ours.encode(text) == theirs.encode(text)
+  assert ours.encode_batch([text, '']) == [ours.encode(text), []]
+  assert ours.decode([*ours.encode(text), 1, 80]) == text
+  # Virtual tokens, padding and half a character have no text.
+  assert ours.decode([0, 700, *ours.encode('ö')[:1], 68]) == 'A'
+  assert ours.sentinel(0) == 258
+  assert [ours.piece(token) for token in (68, 3, 258)] == [
+    'A',
+    '<0x00>',
+    '<0xff>',
+  ]
+  with pytest.raises(UserError, match='has 259 ids'):
+    ours.piece(259)
