@@ -228,7 +228,8 @@ def load_vocabulary(
   names = ', '.join(bundled_vocabularies()) or 'none'
   raise UserError(
     f'vocabulary {path!s} is neither a SentencePiece model file nor a bundled '
-    f'name (bundled: {names}; or {BYTES} for bytes); give the path of a spiece.model'
+    f'name (bundled: {names}; or {BYTES} for bytes); give the path of a '
+    'spiece.model'
   )
 
 
