@@ -1,4 +1,4 @@
-"""The console command: `prompt-tuning train | eval | infer | export ...`."""
+"""The console command: `prompt-tuning train | eval | infer | export | ...`."""
 
 from collections.abc import Sequence
 import difflib
@@ -12,6 +12,9 @@ COMMANDS = {
   'eval': "score a prompt on a task's metrics",
   'infer': 'predict for the texts of a file',
   'export': 'write what a run trained, as files',
+  'convert': 'write a model or a prompt in another format',
+  'inspect': 'say what is in models and prompts',
+  'diff': 'say how two models or prompts differ',
 }
 
 
@@ -22,6 +25,7 @@ def _help() -> str:
       f'prompt-tuning {prompt_tuning.__version__}: soft prompts on a frozen T5',
       '',
       'Usage: prompt-tuning COMMAND --gin_file=FILE ... --gin.NAME=VALUE ...',
+      '       prompt-tuning convert | inspect | diff PATH ...',
       '',
       *lines,
       '',

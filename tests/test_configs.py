@@ -10,7 +10,6 @@ import gin
 import jax
 import pytest
 
-from prompt_tuning import cli
 from prompt_tuning import configuration
 from prompt_tuning.models import network
 
@@ -65,7 +64,7 @@ def test_a_run_file_says_what_to_expect(name):
   assert '# Expected time' in (FOLDER / name).read_text()
 
 
-@pytest.mark.parametrize('name', [*RUNS, *cli.COMMANDS])
+@pytest.mark.parametrize('name', [*RUNS, *FUNCTIONS])
 def test_the_command_in_a_head_is_complete(name):
   main, *arguments = command(name)
   flags = configuration.parse_flags(arguments)

@@ -347,8 +347,11 @@ def test_export_of_no_run_is_told(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize('name', cli.COMMANDS)
 def test_help_shows_an_example(name, capsys):
-  assert cli.main([name, '--help']) == 0
-  assert f'prompt-tuning {name} \\' in capsys.readouterr().out
+  try:
+    assert cli.main([name, '--help']) == 0
+  except SystemExit as end:  # argparse's
+    assert not end.code
+  assert f'prompt-tuning {name} ' in capsys.readouterr().out
 
 
 def test_the_console_command_names_its_commands(capsys):

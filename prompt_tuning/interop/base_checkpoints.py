@@ -6,6 +6,7 @@ float32 or bfloat16 and say in their metadata to which step they were trained.
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -20,6 +21,8 @@ import safetensors.numpy
 
 import prompt_tuning
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop import hugging_face
+from prompt_tuning.interop import t5x
 from prompt_tuning.training import checkpoints
 from prompt_tuning.training.checkpoints import BaseCheckpoint
 from prompt_tuning.training.checkpoints import LazyArray
@@ -55,8 +58,9 @@ def load_checkpoint(
 
   Args:
     path: the name of a bundled model ('t5_1_1_mini'), a .safetensors file of
-      ours, a folder with one, or a run of ours that trained `params` (its
-      MODEL_DIR or one of its checkpoints).
+      ours, a folder with one, a run of ours that trained `params` (its
+      MODEL_DIR or one of its checkpoints), a T5X checkpoint (see `t5x`), a
+      Hugging Face T5 or the hub's id of one (see `hugging_face`).
     step: the step to count from, where the file does not say, or another one
       of a run's checkpoints; None: the file's own.
 
@@ -72,9 +76,17 @@ def load_checkpoint(
     if found.suffix == '.safetensors':
       return _open_safetensors(name, found, step)
     raise UserError(f'cannot read {name}: {_FORMATS}')
+  if hugging_face.is_model(name):
+    return hugging_face.open_model(name, step)
+  if t5x.is_checkpoint(name):
+    base = t5x.open_checkpoint(name)
+    return base if step is None else dataclasses.replace(base, step=step)
   if not found.is_dir():
     if '://' in name and (run := checkpoints.open_run(name, step)):
       return run
+    if hugging_face.is_hub_id(name):
+      base = hugging_face.open_model(hugging_face.download(name), step)
+      return dataclasses.replace(base, path=name)
     names = bundled_names()
     near = difflib.get_close_matches(name, names, 1)
     hint = f'; did you mean {near[0]}?' if near else ''
@@ -90,19 +102,12 @@ def load_checkpoint(
   files = sorted(found.glob('*.safetensors'))
   if len(files) == 1:
     return _open_safetensors(name, files[0], step)
-  if (found / 'checkpoint').is_file() or list(found.glob('checkpoint_*')):
-    kind = 'a T5X checkpoint'
-  elif (found / 'config.json').is_file():
-    kind = 'a Hugging Face model'
-  else:
-    kind = 'no checkpoint'
-  raise UserError(f'{name} holds {kind}: {_FORMATS}')
+  raise UserError(f'{name} holds no checkpoint: {_FORMATS}')
 
 
 _FORMATS = (
-  f'this version reads a folder with {SAFETENSORS} written by this package, or '
-  'the MODEL_DIR of a run that trained params; T5X and Hugging Face formats '
-  'are not read yet'
+  f'a folder with {SAFETENSORS} of this package, the MODEL_DIR of a run that '
+  'trained params, a T5X checkpoint or a Hugging Face T5 is required'
 )
 
 
@@ -176,8 +181,7 @@ def _open_safetensors(
           _reader(file, key),
         )
   if not any('/' in key for key in arrays):
-    kind = 'a Hugging Face model' if any('.' in k for k in arrays) else 'no T5'
-    raise UserError(f'{file} holds {kind}: {_FORMATS}')
+    raise UserError(f'{file} holds no T5 of this package: {_FORMATS}')
   saved = metadata.get('step')
   if step is None and saved is None:
     raise UserError(

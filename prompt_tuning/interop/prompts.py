@@ -6,6 +6,7 @@ also says which base model the prompt belongs to. Nothing is ever unpickled.
 """
 
 from collections.abc import Mapping
+import contextlib
 import math
 import os
 import pathlib
@@ -19,6 +20,8 @@ import safetensors.numpy
 
 import prompt_tuning
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop import adapters
+from prompt_tuning.interop import t5x
 
 NPY = 'prompt.npy'
 SAFETENSORS = 'prompt.safetensors'
@@ -87,10 +90,13 @@ def save_prompt(
 def load_prompt(
   path: str | os.PathLike,
 ) -> tuple[Float[np.ndarray, 'K P E'], dict[str, Any]]:
-  """Reads a prompt from a .npy or .safetensors file, or a folder of them.
+  """Reads a prompt from a file, or from a folder that holds one.
 
   Args:
-    path: a file, or a folder that `save_prompt` wrote.
+    path: a numpy file (.npy, or the public prompt tuning's
+      `encoder.prompt.prompt.prompt`), a .safetensors file, a folder that
+      `save_prompt` wrote, a PEFT adapter, or a T5X checkpoint with a prompt in
+      it.
 
   Returns:
     The table, float32, K = 1 for a file of [P, E], and the metadata; an .npy
@@ -102,6 +108,12 @@ def load_prompt(
       not finite.
   """
   path = pathlib.Path(path).expanduser()
+  if adapters.is_peft(path):
+    array, metadata = adapters.load_peft(path)
+    return _checked(array, str(path)), metadata
+  if t5x.is_checkpoint(path):
+    array, step = t5x.read_array(path), t5x.open_checkpoint(path).step
+    return _checked(array, str(path)), {'step': step, 'format': 't5x'}
   if path.is_dir():
     inside = [path / name for name in (SAFETENSORS, NPY)]
     found = [file for file in inside if file.is_file()]
@@ -118,7 +130,7 @@ def load_prompt(
     )
   if path.suffix == '.safetensors':
     array, metadata = _read_safetensors(path)
-  elif path.suffix == '.npy':
+  elif _is_npy(path):
     array, metadata = _read_npy(path), {}
   else:
     raise UserError(
@@ -126,6 +138,15 @@ def load_prompt(
       f'{path}'
     )
   return _checked(array, str(path)), metadata
+
+
+def _is_npy(path: pathlib.Path) -> bool:
+  """By its name or, as the public prompt tuning has none, its first bytes."""
+  if path.suffix == '.npy':
+    return True
+  with contextlib.suppress(OSError), path.open('rb') as file:
+    return file.read(6) == b'\x93NUMPY'
+  return False
 
 
 def _read_npy(path: pathlib.Path) -> np.ndarray:

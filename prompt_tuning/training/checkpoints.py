@@ -363,7 +363,7 @@ def fingerprint(params: Any) -> str:
   Returns:
     16 hexadecimal digits.
   """
-  flat = dict(_unrolled(_flatten_params(params)))
+  flat = unrolled(_flatten_params(params))
   digest = hashlib.sha256()
   for path in sorted(flat):
     digest.update(f'{path} {list(flat[path].shape)}\n'.encode())
@@ -414,11 +414,25 @@ def load_params(
     )
   for path, spec in wanted.items():
     # One host copy at a time: each array is on its device before the next.
-    array = np.asarray(found.pop(path))
-    array = array.astype(jnp.dtype(spec.dtype if dtype is None else dtype))
+    wanted_dtype = jnp.dtype(spec.dtype if dtype is None else dtype)
     sharding = None if flat_shardings is None else flat_shardings[path]
-    loaded[path] = jax.device_put(array, sharding)
+    loaded[path] = _placed(found.pop(path), wanted_dtype, sharding)
   return _nest(loaded)
+
+
+def _placed(array: Any, dtype: np.dtype, sharding: Any) -> jax.Array:
+  """An array on its devices, of which a host reads its own slices alone."""
+  if sharding is None or sharding.is_fully_replicated:
+    return jax.device_put(np.asarray(array).astype(dtype), sharding)
+  parts = {}
+
+  def part(index):
+    key = str(index)
+    if key not in parts:  # devices that hold the same slice share one read
+      parts[key] = np.asarray(array[index]).astype(dtype)
+    return parts[key]
+
+  return jax.make_array_from_callback(tuple(array.shape), sharding, part)
 
 
 def open_run(
@@ -560,8 +574,12 @@ def _savable(leaf: Any) -> Any:
 _SCANNED = re.compile(r'(encoder|decoder)/\1/(.+)')
 
 
+def unrolled(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Arrays by path, every scanned one split into its layers."""
+  return dict(_unrolled(flat))
+
+
 def _unrolled(flat: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  """Paths and arrays, every scanned one split into its layers."""
   for path, array in flat.items():
     match = _SCANNED.fullmatch(path)
     if match is None:
@@ -575,7 +593,10 @@ def _layer(array: Any, i: int) -> LazyArray:
   """Layer i of a scanned array [E, layers, ...]."""
 
   def read(index):
-    return np.asarray(array)[:, i][index]
+    if not _is_slices(index):
+      return np.asarray(array)[:, i][index]
+    rows, *rest = index if isinstance(index, tuple) else (index,)
+    return array[(rows, slice(i, i + 1), *rest)][:, 0]
 
   shape = (array.shape[0], *array.shape[2:])
   return LazyArray(shape, array.dtype, read)
@@ -602,11 +623,21 @@ def _stack(layers: list[Any]) -> LazyArray:
   """Arrays of layers [E, ...] as one [E, layers, ...]."""
 
   def read(index):
-    return np.stack([np.asarray(layer) for layer in layers], axis=1)[index]
+    if not _is_slices(index):
+      return np.stack([np.asarray(layer) for layer in layers], axis=1)[index]
+    rows, *rest = index if isinstance(index, tuple) else (index,)
+    chosen = layers[rest[0]] if rest else layers
+    return np.stack([layer[(rows, *rest[1:])] for layer in chosen], axis=1)
 
   first = layers[0]
   shape = (first.shape[0], len(layers), *first.shape[1:])
   return LazyArray(shape, first.dtype, read)
+
+
+def _is_slices(index: Any) -> bool:
+  """True for a slice, or a tuple of them, as a shard's index is."""
+  parts = index if isinstance(index, tuple) else (index,)
+  return all(isinstance(part, slice) for part in parts)
 
 
 def _first_values(array: Any, count: int = 1024) -> np.ndarray:

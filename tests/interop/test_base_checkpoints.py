@@ -140,16 +140,17 @@ def test_formats_that_are_not_read_are_said_so(tmp_path):
   t5x = tmp_path / 't5x'
   (t5x / 'target').mkdir(parents=True)
   (t5x / 'checkpoint').write_bytes(b'')
-  refused(t5x, 'a T5X checkpoint', 'not read yet')
+  refused(t5x, 'the T5X checkpoint', 'damaged')
   hf = tmp_path / 'hf'
   hf.mkdir()
   (hf / 'config.json').write_text('{}')
-  refused(hf, 'a Hugging Face model', 'not read yet')
+  refused(hf, 'model_type None', 'this package reads t5')
   arrays = {'shared.weight': np.zeros((4, 2), np.float32)}
   safetensors.numpy.save_file(arrays, hf / 'model.safetensors')
-  refused(hf, 'a Hugging Face model', 'not read yet')
+  (hf / 'config.json').write_text('{"model_type": "t5"}')
+  refused(hf, 'does not say to which step')
   (tmp_path / 'weights.bin').write_bytes(b'')
-  refused(tmp_path / 'weights.bin', 'weights.bin', 'not read yet')
+  refused(tmp_path / 'weights.bin', 'weights.bin', 'is required')
   (tmp_path / 'nothing').mkdir()
   refused(tmp_path / 'nothing', 'no checkpoint')
 

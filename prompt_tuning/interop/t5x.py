@@ -1,0 +1,375 @@
+"""T5X checkpoints, read and written.
+
+T5X's own layout is a folder with a msgpack index, the file `checkpoint`, whose
+leaves are small arrays or tensorstore specs of zarr arrays beside it
+(`target.encoder.layers_0.mlp.wo.kernel/`). With orbax, T5X writes a tree of
+zarr or zarr3 arrays, in one OCDBT database or a folder each, described by
+`_METADATA`. Both are read array by array and slice by slice, from local folders
+and gs://. Nothing is ever unpickled.
+
+Paths in here are those of T5X's state: 'target/...' for parameters,
+'state/param_states/...' for the optimiser's.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from flax import serialization
+from jaxtyping import Float
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from prompt_tuning.errors import UserError
+from prompt_tuning.training.checkpoints import BaseCheckpoint
+from prompt_tuning.training.checkpoints import LazyArray
+
+INDEX = 'checkpoint'
+# Where the public prompt tuning's model holds its prompt.
+PROMPT = 'encoder/prompt/prompt/prompt'
+
+_METADATA = '_METADATA'
+_FOLDER = re.compile(r'checkpoint_(\d+)')
+# About what T5X makes its chunks: a shard reads no more than it needs.
+_CHUNK_BYTES = 64 * 2**20
+
+
+def is_checkpoint(path: str | os.PathLike) -> bool:
+  """True for a T5X checkpoint, or a folder of `checkpoint_<step>` folders."""
+  folder = _find(os.fspath(path))
+  return folder is not None
+
+
+def open_checkpoint(path: str | os.PathLike) -> BaseCheckpoint:
+  """A T5X checkpoint's parameters; its arrays are read when asked for.
+
+  Args:
+    path: a checkpoint's folder, a folder of `checkpoint_<step>` folders (the
+      newest is taken), local or gs://.
+
+  Returns:
+    The parameters by T5X path, without 'target/'. A prompt at PROMPT is none of
+    them: `read_array` gives it. The step is the checkpoint's.
+
+  Raises:
+    UserError: nothing there, damaged, or another format.
+  """
+  arrays = open_state(path)
+  step = _step(os.fspath(path), arrays)
+  params = {
+    name.removeprefix('target/'): array
+    for name, array in arrays.items()
+    if name.startswith('target/') and name != f'target/{PROMPT}'
+  }
+  if not params:
+    raise UserError(
+      f'{path} is a T5X checkpoint without parameters; give another one'
+    )
+  return BaseCheckpoint(os.fspath(path), step, params, {'format': 't5x'})
+
+
+def open_state(path: str | os.PathLike) -> dict[str, Any]:
+  """All arrays of a T5X checkpoint by path, the optimiser's included."""
+  name = os.fspath(path)
+  folder = _find(name)
+  if folder is None:
+    raise UserError(
+      f'no T5X checkpoint in {name}: a folder with the file {INDEX}, with '
+      f'{_METADATA}, or of checkpoint_<step> folders is required'
+    )
+  with _reading(folder):
+    if (data := _read_bytes(folder, INDEX)) is not None:
+      return dict(_indexed(folder, data))
+    return dict(_orbax(folder, _read_bytes(folder, _METADATA)))
+
+
+def read_array(
+  path: str | os.PathLike, name: str = f'target/{PROMPT}'
+) -> np.ndarray:
+  """One array of a checkpoint by its path, such as a prompt by PROMPT's."""
+  arrays = open_state(path)
+  for candidate in (name, f'target/{name}'):
+    if candidate in arrays:
+      return np.asarray(arrays[candidate])
+  raise UserError(
+    f'{path} has no array {name}; it has {", ".join(sorted(arrays)[:5])}, ...'
+  )
+
+
+def write_checkpoint(
+  path: str | os.PathLike,
+  params: Mapping[str, Any],
+  step: int,
+  prompt: Float[np.ndarray, 'P E'] | None = None,
+  dtype: str = 'float32',
+) -> pathlib.Path:
+  """Writes `checkpoint_<step>` in T5X's layout, without optimiser state.
+
+  Arrays are read and written one at a time. A prompt is folded in at PROMPT,
+  and written to `numpy_checkpoints/checkpoint_<step>/` as the public prompt
+  tuning does.
+
+  Args:
+    path: the folder that gets the checkpoint, a MODEL_DIR of T5X.
+    params: arrays by T5X path (lazy ones too).
+    step: the model's; T5X counts on from it.
+    prompt: one prompt, float32 whatever `dtype`.
+    dtype: of the parameters, 'float32' or 'bfloat16'.
+
+  Returns:
+    The checkpoint's folder, which appears once it is complete.
+
+  Raises:
+    UserError: if it exists or cannot be written.
+  """
+  root = pathlib.Path(path).expanduser()
+  folder = root / f'checkpoint_{step}'
+  if folder.exists():
+    raise UserError(f'{folder} exists; remove it or choose another folder')
+  unfinished = root / f'{folder.name}.tmp-{os.getpid()}'
+  arrays = dict(params)
+  types = dict.fromkeys(arrays, _dtype(dtype))
+  if prompt is not None:
+    arrays[PROMPT] = np.asarray(prompt, np.float32)
+    types[PROMPT] = np.dtype(np.float32)
+  try:
+    unfinished.mkdir(parents=True)
+    target: dict[str, Any] = {}
+    for name in sorted(arrays):
+      spec = _write_array(
+        unfinished, f'target/{name}', arrays[name], types[name]
+      )
+      *parents, leaf = name.split('/')
+      node = target
+      for parent in parents:
+        node = node.setdefault(parent, {})
+      node[leaf] = spec
+    index = {
+      'version': 3,
+      'optimizer': {
+        'target': target,
+        'state': {'step': np.asarray(step, np.int32), 'param_states': {}},
+      },
+    }
+    (unfinished / INDEX).write_bytes(serialization.msgpack_serialize(index))
+    if prompt is not None:
+      numpy_folder = root / 'numpy_checkpoints' / folder.name
+      numpy_folder.mkdir(parents=True, exist_ok=True)
+      with (numpy_folder / PROMPT.replace('/', '.')).open('wb') as file:
+        np.save(file, arrays[PROMPT], allow_pickle=False)
+    unfinished.rename(folder)
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+    raise UserError(
+      f'cannot write {folder}: {reason}; free the disk or choose another folder'
+    ) from error
+  return folder
+
+
+def _dtype(name: str) -> np.dtype:
+  types = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
+  if name not in types:
+    raise UserError(f'dtype must be float32 or bfloat16, got {name!r}')
+  return np.dtype(types[name])
+
+
+def _write_array(
+  folder: pathlib.Path, name: str, array: Any, dtype: np.dtype
+) -> dict[str, Any]:
+  """Writes one zarr array; returns its entry in the index."""
+  array = np.asarray(array).astype(dtype)
+  rows = max(_CHUNK_BYTES * len(array) // max(array.nbytes, 1), 1)
+  chunks = [min(rows, len(array)), *array.shape[1:]]
+  metadata = {
+    'chunks': chunks,
+    'compressor': {'id': 'gzip', 'level': 1},
+    'shape': list(array.shape),
+  }
+  relative = f'{name.replace("/", ".")}/'
+  kvstore = {'driver': 'file', 'path': f'{folder.absolute()}/{relative}'}
+  spec = {'driver': 'zarr', 'dtype': dtype.name, 'metadata': metadata}
+  store = ts.open(
+    {**spec, 'kvstore': kvstore}, create=True, dtype=dtype
+  ).result()
+  store.write(array).result()
+  return {**spec, 'kvstore': {'driver': 'file', 'path': relative}}
+
+
+# Reading.
+
+
+def _find(path: str) -> str | None:
+  """The folder of the checkpoint itself; None where there is none."""
+  path = path.rstrip('/')
+  if not path.startswith('gs://'):
+    path = str(pathlib.Path(path).expanduser().absolute())
+    if not os.path.isdir(path):
+      return None
+  for below in ('', '/state'):
+    if any(_exists(path + below, name) for name in (INDEX, _METADATA)):
+      return path + below
+  if path.startswith('gs://'):
+    return None
+  steps = {
+    int(match[1]): name
+    for name in os.listdir(path)
+    if (match := _FOLDER.fullmatch(name)) and _find(f'{path}/{name}')
+  }
+  return _find(f'{path}/{steps[max(steps)]}') if steps else None
+
+
+def _kvstore(folder: str, below: str = '') -> dict[str, Any]:
+  if folder.startswith('gs://'):
+    bucket, _, path = folder.removeprefix('gs://').partition('/')
+    return {'driver': 'gcs', 'bucket': bucket, 'path': f'{path}/{below}'}
+  return {'driver': 'file', 'path': f'{folder}/{below}'}
+
+
+def _exists(folder: str, name: str) -> bool:
+  if not folder.startswith('gs://'):
+    return os.path.isfile(f'{folder}/{name}')
+  with _reading(folder):
+    return _read_bytes(folder, name) is not None
+
+
+def _read_bytes(folder: str, name: str) -> bytes | None:
+  """A file of the checkpoint; None if it is not there."""
+  if not folder.startswith('gs://'):
+    path = pathlib.Path(folder, name)
+    return path.read_bytes() if path.is_file() else None
+  store = ts.KvStore.open(_kvstore(folder)).result()
+  found = store.read(name).result()
+  return found.value if found.state == 'value' else None
+
+
+def _step(path: str, arrays: Mapping[str, Any]) -> int:
+  if 'state/step' in arrays:
+    with _reading(path):
+      return int(np.asarray(arrays['state/step']).reshape(()))
+  raise UserError(
+    f'{path} does not say to which step it was trained (state/step); it is '
+    'no T5X checkpoint'
+  )
+
+
+def _indexed(folder: str, data: bytes) -> Iterator[tuple[str, Any]]:
+  """The arrays of T5X's own layout."""
+  tree = serialization.msgpack_restore(data)
+  tree = tree.get('optimizer', tree)
+  for name, leaf in _leaves(tree):
+    if isinstance(leaf, np.ndarray | np.generic | int | float):
+      yield name, np.asarray(leaf)
+    elif isinstance(leaf, Mapping):
+      # Paths were those of the machine that wrote them, the driver too.
+      below = pathlib.PurePosixPath(leaf['kvstore']['path']).name
+      shape = tuple(int(size) for size in leaf['metadata']['shape'])
+      yield name, _lazy(folder, below, leaf.get('dtype'), shape)
+    elif isinstance(leaf, str) and leaf.startswith('PLACEHOLDER://'):
+      below = leaf.removeprefix('PLACEHOLDER://').replace('/', '.')
+      yield name, _lazy(folder, pathlib.PurePosixPath(below).name)
+    elif leaf is not None:
+      raise ValueError(f'{name} is {type(leaf).__name__}')
+
+
+def _leaves(tree: Any, name: str = '') -> Iterator[tuple[str, Any]]:
+  if not isinstance(tree, Mapping):
+    yield name, tree
+    return
+  if 'driver' in tree and 'kvstore' in tree:
+    yield name, tree
+    return
+  for key, value in tree.items():
+    yield from _leaves(value, f'{name}/{key}' if name else str(key))
+
+
+def _lazy(
+  folder: str,
+  below: str,
+  dtype: str | None = None,
+  shape: tuple[int, ...] | None = None,
+) -> LazyArray:
+  """An array in a folder of its own."""
+  if dtype is None or shape is None:
+    data = _read_bytes(folder, f'{below}/.zarray')
+    if data is None:
+      raise ValueError(f'{below}/.zarray is missing')
+    described = json.loads(data)
+    shape = tuple(int(size) for size in described['shape'])
+    dtype = described['dtype']
+  spec = {'driver': 'zarr', 'kvstore': _kvstore(folder, f'{below}/')}
+  return LazyArray(shape, _numpy_dtype(dtype), _reader(folder, spec, shape))
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+  if name == 'bfloat16':
+    return np.dtype(ml_dtypes.bfloat16)
+  return np.dtype(name)
+
+
+def _reader(folder: str, spec: dict[str, Any], shape: tuple[int, ...]):
+  def read(index):
+    with _reading(folder):
+      store = ts.open(spec, read=True, open=True).result()
+      if tuple(store.shape) != shape:
+        raise UserError(
+          f'{spec["kvstore"]["path"]} has shape {list(store.shape)}, the index '
+          f'says {list(shape)}; the checkpoint is damaged, get it again'
+        )
+      return np.asarray(store[_bounded(index, shape)].read().result())
+
+  return read
+
+
+def _bounded(index: Any, shape: tuple[int, ...]) -> Any:
+  """An index whose slices end where the array does, as numpy's may not."""
+  index = index if isinstance(index, tuple) else (index,)
+  if Ellipsis in index:
+    return index if len(index) > 1 else ...
+  return tuple(
+    slice(*part.indices(size)) if isinstance(part, slice) else part
+    for part, size in zip(index, shape, strict=False)
+  )
+
+
+def _orbax(folder: str, data: bytes) -> Iterator[tuple[str, Any]]:
+  """The arrays of orbax's layout."""
+  metadata = json.loads(data)
+  zarr3 = bool(metadata.get('use_zarr3'))
+  ocdbt = _exists(folder, 'manifest.ocdbt')
+  for entry in metadata['tree_metadata'].values():
+    keys = [str(part['key']) for part in entry['key_metadata']]
+    kind = entry['value_metadata']
+    if kind.get('skip_deserialize') or kind.get('value_type') in (
+      'None',
+      'Dict',
+    ):
+      continue
+    if ocdbt:
+      base = _kvstore(folder)
+      kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{".".join(keys)}/'}
+    else:
+      kvstore = _kvstore(folder, f'{".".join(keys)}/')
+    spec = {'driver': 'zarr3' if zarr3 else 'zarr', 'kvstore': kvstore}
+    store = ts.open(spec, read=True, open=True).result()
+    shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
+    yield '/'.join(keys), LazyArray(shape, dtype, _reader(folder, spec, shape))
+
+
+@contextlib.contextmanager
+def _reading(folder: str) -> Iterator[None]:
+  """Whatever is wrong with the bytes of a checkpoint becomes one line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:  # msgpack, json, tensorstore and numpy have many
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise UserError(
+      f'cannot read the T5X checkpoint {folder} ({lines[0][:160]}); it is '
+      'damaged or not complete, get it again'
+    ) from error
