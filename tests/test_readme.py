@@ -59,7 +59,11 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
       ran.append(words[1])
     elif words[:2] == ['python', '-m']:
       assert importlib.import_module(words[2]).main(words[3:]) == 0, command
-  assert ran == ['train', 'eval', 'infer', 'export', 'train']
+  assert ran == [
+    *('train', 'eval', 'infer', 'export', 'train'),
+    *['convert'] * 4,
+    *('inspect', 'diff'),
+  ]
   for path in (
     'runs/bbc/prompt/prompt.npy',
     'runs/bbc/config.gin',

@@ -6,8 +6,10 @@ TensorFlow) for the task pipelines. Both give the same ids.
 """
 
 from collections.abc import Iterable
+import contextlib
 import functools
 import hashlib
+import json
 import pathlib
 
 import sentencepiece
@@ -211,14 +213,17 @@ def load_vocabulary(
   """The vocabulary of a model file, a folder with one, or a bundled name.
 
   Args:
-    path: a SentencePiece model; a folder that holds a spiece.model; the name of
-      a bundled vocabulary, such as 't5_1_1_mini'; or 'byt5' for bytes.
+    path: a SentencePiece model; a folder that holds a spiece.model, or a
+      Hugging Face ByT5; the name of a bundled vocabulary, such as
+      't5_1_1_mini'; or 'byt5' for bytes.
     extra_ids: number of sentinels to add (T5 and mT5: 100).
   """
   if path == BYTES:
     return ByteVocabulary()
   given = pathlib.Path(path)
   bundled = _BUNDLED / str(path) / _MODEL_FILE
+  if _says_bytes(given / 'tokenizer_config.json'):
+    return ByteVocabulary()
   if given.is_file():
     return _load(str(given.resolve()), extra_ids)
   if (given / _MODEL_FILE).is_file():
@@ -231,6 +236,14 @@ def load_vocabulary(
     f'name (bundled: {names}; or {BYTES} for bytes); give the path of a '
     'spiece.model'
   )
+
+
+def _says_bytes(tokenizer_config: pathlib.Path) -> bool:
+  """True for Hugging Face's configuration of ByT5's tokenizer."""
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    config = json.loads(tokenizer_config.read_text('utf-8'))
+    return config.get('tokenizer_class') == 'ByT5Tokenizer'
+  return False
 
 
 @functools.lru_cache(maxsize=8)

@@ -153,7 +153,7 @@ def write_checkpoint(
       'version': 3,
       'optimizer': {
         'target': target,
-        'state': {'step': np.asarray(step, np.int32), 'param_states': {}},
+        'state': {'step': np.asarray(step, np.int32)},
       },
     }
     (unfinished / INDEX).write_bytes(serialization.msgpack_serialize(index))

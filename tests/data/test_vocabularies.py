@@ -158,6 +158,15 @@ def test_importing_and_using_needs_no_tensorflow(model_file):
   assert done.stdout == 'The film won\n', done.stderr
 
 
+def test_a_byt5_folder_of_hugging_face_has_bytes(tmp_path):
+  config = tmp_path / 'tokenizer_config.json'
+  config.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+  assert vocabularies.load_vocabulary(tmp_path).size == 259
+  config.write_text('[]')
+  with pytest.raises(UserError):
+    vocabularies.load_vocabulary(tmp_path)
+
+
 def test_bytes_are_those_of_seqios_byte_vocabulary():
   ours = vocabularies.load_vocabulary('byt5')
   theirs = ours.seqio()
