@@ -26,19 +26,44 @@ MODEL = [
   "--gin.VOCABULARY='t5_1_1_mini'",
 ]
 TASK = ['--gin_file=tasks/bbc_topics.gin']
-# The paper's, but for a length that suits a small model and two cores.
+# The paper's optimiser and start; a shorter prompt, few steps and therefore a
+# learning rate that falls to 0 at their end suit a small model and two cores.
 RECIPE = ['--gin_file=prompts/class_labels.gin', '--gin.PROMPT_LENGTH=20']
-STEPS = 300
-SENTENCES = (
-  'The striker scored twice as the home side won the cup final.',
-  'Shares fell after the bank reported a loss for the third quarter.',
-  'The new phone runs the latest software and connects to the internet.',
+LEARNING_RATE = 0.5
+STEPS = 400
+# Openings of articles, written for this: the prompt was tuned on such, and is
+# worse on a single sentence.
+TEXTS = (
+  'Late winner takes the cup. The striker scored twice in the second half as '
+  'the home side came from behind to win the cup final. The coach praised his '
+  'players, who had lost three of their last four matches.',
+  'Shares fall at bank. Shares fell sharply on Tuesday after the bank reported '
+  'a loss for the third quarter. Analysts had expected profits to rise, and '
+  'the chief executive blamed higher costs and weak demand in the euro zone.',
+  'New phone goes on sale. The new mobile phone runs the latest software, '
+  'plays music and connects to the internet at high speed. Users will be able '
+  'to download games and to send pictures, the firm said.',
+  'Minister defends plan. The prime minister told MPs that the government '
+  'would not change its plan before the election. Labour and the Liberal '
+  'Democrats said that voters would not forgive ministers for the tax.',
 )
+
+
+def cosine(learning_rate: float, first_step: int, steps: int) -> list[str]:
+  """Flags of a learning rate that falls to 0; T5X counts the base's steps."""
+  schedule = '--gin.create_learning_rate_scheduler'
+  return [
+    '--gin.train.learning_rate=@create_learning_rate_scheduler()',
+    f"{schedule}.factors='constant * cosine_decay'",
+    f'{schedule}.base_learning_rate={learning_rate}',
+    f'{schedule}.warmup_steps={first_step}',
+    f'{schedule}.steps_per_cycle={steps}',
+  ]
 
 
 def command(name: str, flags: Sequence[str]) -> str:
   """The shell's spelling of one of our commands."""
-  quoted = [f'"{flag}"' if "'" in flag else flag for flag in flags]
+  quoted = [f'"{f}"' if set(f) & set("'@()") else f for f in flags]
   return ' \\\n    '.join([f'prompt-tuning {name}', *quoted])
 
 
@@ -123,7 +148,7 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
 
 
 def classify(model_dir: pathlib.Path) -> None:
-  """Labels what is typed, or three sentences where nobody types."""
+  """Labels a few texts, and what is typed where somebody types."""
   from prompt_tuning.data.bbc import TOPICS
   from prompt_tuning.data.vocabularies import load_vocabulary
   from prompt_tuning.interop.base_checkpoints import load_checkpoint
@@ -144,21 +169,21 @@ def classify(model_dir: pathlib.Path) -> None:
     batch_size=1,
   )
 
-  def show(sentence: str) -> None:
-    (record,) = predictor([f'article: {sentence}'])
-    print(f'  {record["prediction"]:<14} {sentence}')
+  def show(text: str) -> None:
+    (record,) = predictor([f'article: {text}'])
+    print(f'  {record["prediction"]:<14} {text[:60]}')
 
   print('\nThe exported prompt classifies:')
-  for sentence in SENTENCES:
-    show(sentence)
+  for text in TEXTS:
+    show(text)
   while sys.stdin.isatty():
     try:
-      sentence = input('A sentence of your own (Enter to end): ').strip()
+      text = input('A text of your own (Enter to end): ').strip()
     except EOFError:
       break
-    if not sentence:
+    if not text:
       break
-    show(sentence)
+    show(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,18 +209,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
   from prompt_tuning.data import classification
+  from prompt_tuning.interop.base_checkpoints import load_checkpoint
   from prompt_tuning.interop.export import export
   from prompt_tuning.interop.prompts import load_prompt
   from prompt_tuning.models import network
   from prompt_tuning.training.loop import count_parameters
 
   folder = pathlib.Path(options.output_dir)
+  first_step = load_checkpoint('t5_1_1_mini').step
   model_dir = folder / f'prompt_seed{options.seed}'
   runs = {'prompt tuning': model_dir}
   seconds = tune(
     'prompt_tune.gin',
     [
       *RECIPE,
+      *cosine(LEARNING_RATE, first_step, options.steps),
       f'--gin.TRAIN_STEPS_RELATIVE={options.steps}',
       "--gin.train.best_metric='bbc_topics/accuracy'",
       '--gin.train.eval_period=100',

