@@ -31,21 +31,33 @@ TASK = ['--gin_file=tasks/bbc_topics.gin']
 RECIPE = ['--gin_file=prompts/class_labels.gin', '--gin.PROMPT_LENGTH=20']
 LEARNING_RATE = 0.5
 STEPS = 400
-# Openings of articles, written for this: the prompt was tuned on such, and is
-# worse on a single sentence.
+# Openings of articles, written for this. The prompt was tuned on 128 tokens of
+# each article, and is worse on a single sentence.
 TEXTS = (
   'Late winner takes the cup. The striker scored twice in the second half as '
   'the home side came from behind to win the cup final. The coach praised his '
-  'players, who had lost three of their last four matches.',
+  'players, who had lost three of their last four matches, and said that the '
+  'captain would be fit for the game on Saturday. "We played our best football '
+  'of the season," he said. "The team never gave up, and the fans were great." '
+  'England will meet Wales in the next round, and the winner plays France.',
   'Shares fall at bank. Shares fell sharply on Tuesday after the bank reported '
   'a loss for the third quarter. Analysts had expected profits to rise, and '
-  'the chief executive blamed higher costs and weak demand in the euro zone.',
+  'the chief executive blamed higher costs and weak demand in the euro zone. '
+  'Sales were down by 5% and the company will cut jobs. Oil prices and the '
+  'weak dollar hurt exports, economists said, and growth may be slower than '
+  'the market had hoped.',
   'New phone goes on sale. The new mobile phone runs the latest software, '
   'plays music and connects to the internet at high speed. Users will be able '
-  'to download games and to send pictures, the firm said.',
+  'to download games and to send pictures, the firm said, and the handset has '
+  'more memory than a computer of ten years ago. People want broadband and '
+  'video on the move, said a researcher, but viruses could spread by e-mail to '
+  'phones as they did to PCs.',
   'Minister defends plan. The prime minister told MPs that the government '
   'would not change its plan before the election. Labour and the Liberal '
-  'Democrats said that voters would not forgive ministers for the tax.',
+  'Democrats said that voters would not forgive ministers for the tax, and '
+  'called for a debate in the Commons. The Conservative leader said the home '
+  'secretary should resign. A spokesman for the party said that the bill would '
+  'become law by May.',
 )
 
 
