@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 import os
 import sys
+import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
@@ -135,6 +136,39 @@ def show(arguments: argparse.Namespace) -> Iterator[str]:
     yield ''
 
 
+def throughput(arguments: argparse.Namespace, batches: int = 300) -> str:
+  """A line on how fast training batches come, those of 32 examples."""
+  data = task_data.TaskData(
+    arguments.task,
+    {'inputs': arguments.inputs, 'targets': arguments.targets},
+    batch_size=32,
+    split=arguments.split,
+    vocabulary=arguments.vocabulary,
+    modules=arguments.modules,
+    local_data_dir=arguments.local_data_dir,
+  )
+  rows = (
+    arguments.rows
+    or data.task().output_features['inputs'].vocabulary.vocab_size
+  )
+  virtual_tokens = None
+  if arguments.prompt_length:
+    virtual_tokens = VirtualTokens(
+      rows, arguments.prompt_length, placement=arguments.placement
+    )
+  stream = data.batches(virtual_tokens=virtual_tokens, seed=0)
+  for _ in range(20):  # buffers fill first
+    next(stream)
+  start = time.perf_counter()
+  for _ in range(batches):
+    next(stream)
+  seconds = time.perf_counter() - start
+  return (
+    f'pipeline: {32 * batches / seconds:,.0f} examples/s in batches of 32, '
+    f'on {os.cpu_count()} cores'
+  )
+
+
 def parser() -> argparse.ArgumentParser:
   """The command line."""
   result = argparse.ArgumentParser(
@@ -162,6 +196,11 @@ def parser() -> argparse.ArgumentParser:
     default=20_000,
     help='examples whose lengths are measured (default 20,000)',
   )
+  add(
+    '--throughput',
+    action='store_true',
+    help='also measure how many examples a second training can read',
+  )
   return result
 
 
@@ -171,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
   try:
     for line in show(arguments):
       print(line, flush=True)
+    if arguments.throughput:
+      print(throughput(arguments))
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

@@ -435,6 +435,8 @@ def test_show_prints_examples_histograms_and_what_is_cut(raw, capsys):
   assert 'encoder_input_tokens: <prompt_0> <prompt_1> ' in out
   assert 'of 2 examples' in out and '#' in out and '99%' in out
   assert 'truncated at inputs 8: 100.00%, targets 4: 0.00%' in out
+  assert show.main([*arguments, '--targets', '4', '--throughput']) == 0
+  assert 'examples/s in batches of 32' in capsys.readouterr().out
 
 
 def test_show_of_what_is_not_there_is_one_line(raw, capsys):
