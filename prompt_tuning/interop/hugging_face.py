@@ -31,7 +31,7 @@ SAFETENSORS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
 _BIN = 'pytorch_model.bin'
 _BIN_INDEX = 'pytorch_model.bin.index.json'
-_MODEL_TYPES = ('t5', 'mt5', 'umt5')
+_MODEL_TYPES = ('t5', 'mt5')
 # A file of a sharded model is no larger, as Hugging Face's are.
 _SHARD_BYTES = 5 * 10**9
 

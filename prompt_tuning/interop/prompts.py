@@ -88,7 +88,7 @@ def save_prompt(
 
 
 def load_prompt(
-  path: str | os.PathLike,
+  path: str | os.PathLike, variable: str = t5x.PROMPT
 ) -> tuple[Float[np.ndarray, 'K P E'], dict[str, Any]]:
   """Reads a prompt from a file, or from a folder that holds one.
 
@@ -97,6 +97,7 @@ def load_prompt(
       `encoder.prompt.prompt.prompt`), a .safetensors file, a folder that
       `save_prompt` wrote, a PEFT adapter, or a T5X checkpoint with a prompt in
       it.
+    variable: where a T5X checkpoint has the prompt, an array [P, E].
 
   Returns:
     The table, float32, K = 1 for a file of [P, E], and the metadata; an .npy
@@ -112,7 +113,7 @@ def load_prompt(
     array, metadata = adapters.load_peft(path)
     return _checked(array, str(path)), metadata
   if t5x.is_checkpoint(path):
-    array, step = t5x.read_array(path), t5x.open_checkpoint(path).step
+    array, step = t5x.read_array(path, variable), t5x.open_checkpoint(path).step
     return _checked(array, str(path)), {'step': step, 'format': 't5x'}
   if path.is_dir():
     inside = [path / name for name in (SAFETENSORS, NPY)]

@@ -88,10 +88,8 @@ def open_state(path: str | os.PathLike) -> dict[str, Any]:
     return dict(_orbax(folder, _read_bytes(folder, _METADATA)))
 
 
-def read_array(
-  path: str | os.PathLike, name: str = f'target/{PROMPT}'
-) -> np.ndarray:
-  """One array of a checkpoint by its path, such as a prompt by PROMPT's."""
+def read_array(path: str | os.PathLike, name: str = PROMPT) -> np.ndarray:
+  """One array of a checkpoint by its path, with or without 'target/'."""
   arrays = open_state(path)
   for candidate in (name, f'target/{name}'):
     if candidate in arrays:

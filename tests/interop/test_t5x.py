@@ -3,6 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 from flax import serialization
 from flax import traverse_util
@@ -64,6 +68,11 @@ def test_what_is_written_comes_back_with_its_step(written, params):
   table, facts = load_prompt(folder)
   np.testing.assert_array_equal(table[0], prompt)
   assert facts['step'] == 1_100_000
+  name = 'target/token_embedder/embedding'
+  table, _ = load_prompt(folder, variable=name)
+  np.testing.assert_array_equal(table[0], params['token_embedder/embedding'])
+  with pytest.raises(UserError, match='has no array encoder/other'):
+    load_prompt(folder, variable='encoder/other')
 
 
 def test_the_prompt_lies_where_the_public_code_puts_it(written):
@@ -215,6 +224,57 @@ def test_mismatches_are_listed_by_path(written):
   message = str(error.value)
   assert 'layers_0/mlp/wi_0/kernel has mlp 24, the model needs 32' in message
   assert '\n' not in message
+
+
+_PEAK = """
+import resource, sys
+import jax
+from prompt_tuning.interop.base_checkpoints import load_checkpoint
+from prompt_tuning.models import network
+from prompt_tuning.training import checkpoints
+
+def peak():
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+like = network.parameter_shapes(
+  network.T5Config(32128, 2048, 32, 64, 5120, 24, 24)
+)
+base = load_checkpoint(sys.argv[1])
+jax.block_until_ready(jax.numpy.zeros(3))
+before = peak()
+params = checkpoints.load_params(base, like, dtype='bfloat16')
+jax.block_until_ready(params)
+kept = sum(array.nbytes for array in jax.tree.leaves(params))
+print(kept, (peak() - before) / kept)
+"""
+
+
+@pytest.mark.slow
+def test_an_xl_checkpoint_is_streamed(tmp_path):
+  if shutil.disk_usage(tmp_path).free < 8e9:
+    pytest.skip('XL in bfloat16 needs 6 GB of disk')
+  config = network.T5Config(32128, 2048, 32, 64, 5120, 24, 24)
+  shapes = traverse_util.flatten_dict(network.parameter_shapes(config), sep='/')
+  block = np.random.default_rng(0).normal(size=2**20)
+  block = block.astype(ml_dtypes.bfloat16)
+
+  def made(shape):
+    return checkpoints.LazyArray(
+      shape, block.dtype, lambda index: np.resize(block, shape)[index]
+    )
+
+  arrays = {name: made(spec.shape) for name, spec in shapes.items()}
+  t5x.write_checkpoint(tmp_path, arrays, 1_100_000, dtype='bfloat16')
+  done = subprocess.run(
+    [sys.executable, '-c', _PEAK, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={**os.environ, 'XLA_FLAGS': ''},
+  )
+  kept, ratio = done.stdout.split()
+  assert int(kept) == 2 * 2_849_757_184
+  assert float(ratio) < 1.15
 
 
 # Faults.
