@@ -23,6 +23,7 @@ import json
 import pathlib
 
 from prompt_tuning.data import glue
+from prompt_tuning.data import question_answering
 from prompt_tuning.data import super_glue
 from prompt_tuning.data.sources import RowsSource
 from prompt_tuning.data.sources import Schema
@@ -340,7 +341,6 @@ _MRQA_FILES = {
   'relation_extraction': 'RelationExtraction',
   'textbook_qa': 'TextbookQA',
 }
-_OUT_OF_DOMAIN = list(_MRQA_FILES)[6:]
 
 
 def _mrqa_files(name: str) -> dict[str, list[str]]:
@@ -353,7 +353,7 @@ def _mrqa_files(name: str) -> dict[str, list[str]]:
       for ending in ('.gz', '')
     ]
 
-  if name in _OUT_OF_DOMAIN:
+  if name in question_answering.OUT_OF_DOMAIN:
     return {'test': below('test', 'dev')}
   return {'train': below('train'), 'validation': below('dev')}
 
