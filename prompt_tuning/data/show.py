@@ -72,6 +72,18 @@ def histogram(values: Int[np.ndarray, 'N'], limit: int) -> Iterator[str]:
   yield f'  cut at {"  ".join(shares)}'
 
 
+def _virtual_tokens(
+  arguments: argparse.Namespace, vocabulary
+) -> VirtualTokens | None:
+  if not arguments.prompt_length:
+    return None
+  return VirtualTokens(
+    arguments.rows or vocabulary.vocab_size,
+    arguments.prompt_length,
+    placement=arguments.placement,
+  )
+
+
 def show(arguments: argparse.Namespace) -> Iterator[str]:
   """The lines of the report."""
   import seqio
@@ -88,13 +100,7 @@ def show(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.split not in part.splits:
       continue
     vocabulary = part.output_features['inputs'].vocabulary
-    virtual_tokens = None
-    if arguments.prompt_length:
-      virtual_tokens = VirtualTokens(
-        arguments.rows or vocabulary.vocab_size,
-        arguments.prompt_length,
-        placement=arguments.placement,
-      )
+    virtual_tokens = _virtual_tokens(arguments, vocabulary)
     yield f'{part.name}, split {arguments.split!r}'
     dataset = part.get_dataset(
       sequence_length=limits, split=arguments.split, shuffle=False, num_epochs=1
@@ -147,15 +153,8 @@ def throughput(arguments: argparse.Namespace, batches: int = 300) -> str:
     modules=arguments.modules,
     local_data_dir=arguments.local_data_dir,
   )
-  rows = (
-    arguments.rows
-    or data.task().output_features['inputs'].vocabulary.vocab_size
-  )
-  virtual_tokens = None
-  if arguments.prompt_length:
-    virtual_tokens = VirtualTokens(
-      rows, arguments.prompt_length, placement=arguments.placement
-    )
+  vocabulary = data.task().output_features['inputs'].vocabulary
+  virtual_tokens = _virtual_tokens(arguments, vocabulary)
   stream = data.batches(virtual_tokens=virtual_tokens, seed=0)
   for _ in range(20):  # buffers fill first
     next(stream)

@@ -178,7 +178,7 @@ def _open_safetensors(
         arrays[key] = LazyArray(
           tuple(part.get_shape()),
           _dtype(file, key, part.get_dtype()),
-          _reader(file, key),
+          hugging_face.safetensors_reader(file, key),
         )
   if not any('/' in key for key in arrays):
     raise UserError(f'{file} holds no T5 of this package: {_FORMATS}')
@@ -199,19 +199,6 @@ def _dtype(file: pathlib.Path, key: str, name: str) -> np.dtype:
       f'{file} stores {key} as {name}; this package reads {", ".join(_DTYPES)}'
     )
   return _DTYPES[name]
-
-
-def _reader(file: pathlib.Path, key: str):
-  def read(index):
-    with _reading(file):
-      with safetensors.safe_open(file, framework='numpy') as opened:
-        if isinstance(index, slice):  # those rows are all that is read
-          rows = opened.get_slice(key)
-          start, stop, stride = index.indices(rows.get_shape()[0])
-          return rows[start:stop:stride]
-        return opened.get_tensor(key)[index]
-
-  return read
 
 
 @contextlib.contextmanager

@@ -137,7 +137,7 @@ def _single(path: str, embed: int | None = None) -> np.ndarray:
 # Reports.
 
 
-def open_any(path: str, step: int | None = None) -> tuple[str, dict, dict]:
+def open_any(path: str) -> tuple[str, dict, dict]:
   """(kind, arrays by path, facts) of whatever is at a path."""
   try:
     # Which may have a prompt in it, and is a model for all that.
@@ -147,7 +147,7 @@ def open_any(path: str, step: int | None = None) -> tuple[str, dict, dict]:
   except UserError as not_a_prompt:
     try:
       # Their files do not say a step, and a report does not need one.
-      base = base_checkpoints.load_checkpoint(path, step)
+      base = base_checkpoints.load_checkpoint(path)
     except UserError:
       try:
         base = base_checkpoints.load_checkpoint(path, 0)

@@ -6,7 +6,7 @@ the id of one on the hub, looked up in the local cache first. Kernels are stored
 transposed there, the relative-position table too; the numbers are the same.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import os
@@ -202,7 +202,7 @@ def _same(one: LazyArray, other: LazyArray | None) -> bool:
   return (
     other is not None
     and one.shape == other.shape
-    and (np.array_equal(one[:64], other[:64]))
+    and np.array_equal(one[:64], other[:64])
   )
 
 
@@ -271,12 +271,18 @@ def _safetensors_arrays(
         yield (
           name,
           LazyArray(
-            tuple(part.get_shape()), _DTYPES[dtype], _slice_reader(file, name)
+            tuple(part.get_shape()),
+            _DTYPES[dtype],
+            safetensors_reader(file, name),
           ),
         )
 
 
-def _slice_reader(file: pathlib.Path, name: str):
+def safetensors_reader(
+  file: pathlib.Path, name: str
+) -> Callable[[Any], np.ndarray]:
+  """Reads one array of a safetensors file; of slices, those alone."""
+
   def read(index):
     with _reading(file):
       with safetensors.safe_open(file, framework='numpy') as opened:
@@ -308,10 +314,10 @@ def _torch_arrays(file: pathlib.Path) -> Iterator[tuple[str, LazyArray]]:
   with _reading(file):
     tensors = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
     for name, tensor in tensors.items():
-      yield name, _torch_array(name, tensor)
+      yield name, _torch_array(tensor)
 
 
-def _torch_array(name: str, tensor: Any) -> LazyArray:
+def _torch_array(tensor: Any) -> LazyArray:
   import torch
 
   bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
@@ -322,7 +328,6 @@ def _torch_array(name: str, tensor: Any) -> LazyArray:
   def read(index):
     return np.array(tensor.view(stored)[index].numpy()).view(dtype)
 
-  del name
   return LazyArray(tuple(tensor.shape), np.dtype(dtype), read)
 
 
