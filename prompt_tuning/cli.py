@@ -12,6 +12,7 @@ COMMANDS = {
   'eval': "score a prompt on a task's metrics",
   'infer': 'predict for the texts of a file',
   'export': 'write what a run trained, as files',
+  'compile': 'say what a run needs of devices that need not be there',
   'convert': 'write a model or a prompt in another format',
   'inspect': 'say what is in models and prompts',
   'diff': 'say how two models or prompts differ',

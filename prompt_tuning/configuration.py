@@ -33,6 +33,7 @@ CONFIGURABLES = {
   'train': 'prompt_tuning.training.loop:train',
   'evaluate': 'prompt_tuning.training.inference:evaluate',
   'infer': 'prompt_tuning.training.inference:infer',
+  'compile_steps': 'prompt_tuning.training.compilation:compile_steps',
   'export': 'prompt_tuning.interop.export:export',
   # The model and its prompt.
   'T5Config': 'prompt_tuning.models.network:T5Config',
@@ -52,6 +53,8 @@ CONFIGURABLES = {
   ),
   'TokenArrayData': 'prompt_tuning.data.token_arrays:TokenArrayData',
   'Evaluation': 'prompt_tuning.training.evaluator:Evaluation',
+  # Devices.
+  'Partitioner': 'prompt_tuning.training.sizing:Partitioner',
   # Optimisation.
   'adafactor': 'prompt_tuning.training.optimizers:adafactor',
   'create_learning_rate_scheduler': (
@@ -121,11 +124,13 @@ class Flags:
     gin_files: in the order given, which does not matter.
     search_paths: folders to look for them, before the package's own configs.
     bindings: (name, value) of every --gin.NAME=value, values still text.
+    job: of a process of several: arguments of `training.hosts.connect`.
   """
 
   gin_files: tuple[str, ...] = ()
   search_paths: tuple[str, ...] = ()
   bindings: tuple[tuple[str, str], ...] = ()
+  job: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def configs_folder() -> pathlib.Path:
@@ -136,7 +141,7 @@ def configs_folder() -> pathlib.Path:
 
 
 def parse_flags(arguments: Sequence[str]) -> Flags:
-  """Reads --gin_file, --gin_search_paths and --gin.NAME=value.
+  """Reads --gin_file, --gin_search_paths, --gin.NAME=value and a job's flags.
 
   Raises:
     ConfigurationError: an unknown flag, or one that lacks its value.
@@ -144,15 +149,18 @@ def parse_flags(arguments: Sequence[str]) -> Flags:
   files: list[str] = []
   paths: list[str] = []
   bindings: list[tuple[str, str]] = []
+  job: dict[str, Any] = {}
   rest = list(arguments)
   while rest:
     flag, equals, value = rest.pop(0).partition('=')
-    known = flag in ('--gin_file', '--gin_search_paths')
+    known = flag in ('--gin_file', '--gin_search_paths', *_JOB_FLAGS)
     if not (known or (flag.startswith('--gin.') and len(flag) > 6)):
-      near = _nearest(flag, ['--gin_file', '--gin_search_paths', '--help'])
+      near = _nearest(
+        flag, ['--gin_file', '--gin_search_paths', *_JOB_FLAGS, '--help']
+      )
       raise ConfigurationError(
         f'{flag} is not a flag{near}; flags are --gin_file, '
-        '--gin_search_paths, --gin.NAME=value, --help'
+        f'--gin_search_paths, --gin.NAME=value, {", ".join(_JOB_FLAGS)}, --help'
       )
     if not equals:
       if not rest or rest[0].startswith('--'):
@@ -162,9 +170,18 @@ def parse_flags(arguments: Sequence[str]) -> Flags:
       files.append(value)
     elif flag == '--gin_search_paths':
       paths.extend(path for path in value.split(',') if path)
+    elif flag == '--coordinator_address':
+      job['coordinator_address'] = value
+    elif flag in _JOB_FLAGS:
+      if not value.isdigit():
+        raise ConfigurationError(f'{flag} must be a whole number, got {value}')
+      job[flag.removeprefix('--')] = int(value)
     else:
       bindings.append((flag.removeprefix('--gin.'), value))
-  return Flags(tuple(files), tuple(paths), tuple(bindings))
+  return Flags(tuple(files), tuple(paths), tuple(bindings), job)
+
+
+_JOB_FLAGS = ('--coordinator_address', '--num_processes', '--process_id')
 
 
 def find_file(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
@@ -333,8 +350,32 @@ def run_main(
     print(inspect.cleandoc(description or '') + '\n\n' + _FLAGS_HELP)
     return 0 if arguments else 2
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  code = _run(function, arguments, finish)
+  if code and function in _OVER_PROCESSES:
+    from prompt_tuning.training import hosts
+
+    hosts.leave(code)
+  return code
+
+
+def _run(
+  function: str,
+  arguments: Sequence[str],
+  finish: Callable[[Any], Any] | None,
+) -> int:
+  """What `run_main` does once it is clear that it should."""
   try:
-    call = configure(function, parse_flags(arguments))
+    flags = parse_flags(arguments)
+    if function in _OVER_PROCESSES:
+      # Before anything may ask JAX for its devices.
+      from prompt_tuning.training import hosts
+
+      hosts.connect(**flags.job)
+    elif flags.job:
+      raise ConfigurationError(
+        f'--{next(iter(flags.job))} is for jobs of {", ".join(_OVER_PROCESSES)}'
+      )
+    call = configure(function, flags)
     settings = {}
     if 'resolved_config' in _signature(_resolve(function)).parameters:
       settings['resolved_config'] = resolved_config
@@ -351,9 +392,22 @@ def run_main(
   except KeyboardInterrupt:
     print('error: interrupted', file=sys.stderr)
     return 130
-  if isinstance(result, dict):
+  if isinstance(result, dict) and _prints(function):
     print(json.dumps(result, default=float))
   return 0
+
+
+# What can run as several processes, each with its devices.
+_OVER_PROCESSES = ('train', 'evaluate', 'infer')
+
+
+def _prints(function: str) -> bool:
+  """Of a job, one process prints its result."""
+  if function not in _OVER_PROCESSES:
+    return True
+  from prompt_tuning.training import hosts
+
+  return hosts.is_primary()
 
 
 _FLAGS_HELP = """\
@@ -363,6 +417,9 @@ Flags:
   --gin_search_paths=A,B   folders to look for gin files
   --gin.NAME=VALUE         binds a macro or a parameter, over the files; a
                            string keeps its quotes: --gin.MODEL_DIR="'/tmp/a'"
+  --coordinator_address=HOST:PORT --num_processes=N --process_id=I
+                           of a train, eval or infer over several processes;
+                           TPU pods, Slurm and MPI need none of them
   --help                   this text"""
 
 

@@ -22,6 +22,7 @@ FUNCTIONS = {
   'eval': 'evaluate',
   'infer': 'infer',
   'export': 'export',
+  'compile': 'compile_steps',
 }
 
 

@@ -46,7 +46,7 @@ class TaskData:
     mixture_or_task_name: a registered name.
     task_feature_lengths: {'inputs': ids of text per example, 'targets': ...},
       EOS included, virtual tokens not.
-    batch_size: rows of a batch over all shards.
+    batch_size: rows of a batch.
     split: the task's split to read.
     pack: several examples in one row.
     vocabulary: path or name of a vocabulary to use instead of the task's own.
@@ -59,8 +59,9 @@ class TaskData:
     target_sentinel: puts <extra_id_0> in front of the targets, as a model that
       knows span corruption alone expects them (Lester et al. 2021, 3.2).
     shuffle: whether examples come in a random order (drawn from the seed).
-    shard_index: the part of the data this process reads.
-    num_shards: how many processes share the data.
+    num_shards: parts the data are read in (see `batches`); None leaves it to
+      the run: as many as its processes need. The order of examples depends on
+      it.
   """
 
   mixture_or_task_name: str
@@ -74,8 +75,7 @@ class TaskData:
   local_data_dir: str | None = None
   target_sentinel: bool = False
   shuffle: bool = True
-  shard_index: int = 0
-  num_shards: int = 1
+  num_shards: int | None = None
 
   def task(self) -> 'seqio.Task | seqio.Mixture':
     """The task or mixture, changed as the attributes say."""
@@ -93,14 +93,30 @@ class TaskData:
     return class_labels(self.task())
 
   def batches(
-    self, *, virtual_tokens: VirtualTokens | None, seed: int, start: int = 0
-  ) -> Iterator[dict[str, Int[np.ndarray, 'B length']]]:
+    self,
+    *,
+    virtual_tokens: VirtualTokens | None,
+    seed: int,
+    start: int = 0,
+    rows: Int[np.ndarray, 'r'] | None = None,
+    num_shards: int | None = None,
+  ) -> Iterator[dict[str, Int[np.ndarray, 'r length']]]:
     """The batches from number `start` on, without end.
 
     The order is seqio's for this seed, epoch after epoch, so batch i is a
-    function of (seed, i). A resumed run reads and drops what the earlier one
-    consumed: seqio's shuffling and random preprocessors have no other way to
-    the same state, and examples are dropped before they are converted.
+    function of (seed, num_shards, i), whoever reads it. A resumed run reads and
+    drops what the earlier one consumed: seqio's shuffling and random
+    preprocessors have no other way to the same state, and examples are dropped
+    before they are converted.
+
+    Args:
+      virtual_tokens: placed in the inputs; None for none.
+      seed: of the order.
+      start: batches to skip.
+      rows: numbers of the rows of each batch that are wanted; None: all.
+      num_shards: S parts of the data (seqio's `ShardInfo`), each of which gives
+        B / S rows of every batch, one after the other; only those that `rows`
+        asks for are read. None: the attribute, else 1.
 
     Raises:
       UserError: for an unknown task or split, missing lengths, a data set that
@@ -111,14 +127,15 @@ class TaskData:
     from prompt_tuning.data import feature_converter
     from prompt_tuning.data import lengths as lengths_lib
 
-    if self.batch_size % self.num_shards:
+    num_shards = num_shards or self.num_shards or 1
+    if self.batch_size % num_shards:
       raise UserError(
-        f'batch_size must be a multiple of the {self.num_shards} processes '
-        f'that share the data, got {self.batch_size}'
+        f'BATCH_SIZE {self.batch_size} does not divide by the {num_shards}'
+        ' parts that the data are read in (TaskData.num_shards)'
       )
     task = self.task()
-    rows = None if virtual_tokens is None else virtual_tokens.first_id
-    lengths = check_task(task, self.split, self.task_feature_lengths, rows)
+    size = None if virtual_tokens is None else virtual_tokens.first_id
+    lengths = check_task(task, self.split, self.task_feature_lengths, size)
     lengths_lib.check_truncation(task, self.split, lengths)
     if virtual_tokens is not None:
       for index in (self.prompt_indices or {}).values():
@@ -135,10 +152,6 @@ class TaskData:
         for part in seqio.get_subtasks(task)
       ),
     }
-    if self.num_shards > 1:
-      options['shard_info'] = seqio.ShardInfo(
-        index=self.shard_index, num_shards=self.num_shards
-      )
     if isinstance(task, seqio.Mixture):  # drops what it does not know
       options['passthrough_features'] = (feature_converter.PROMPT_INDEX,)
     converter = feature_converter.VirtualTokensFeatureConverter(
@@ -146,25 +159,37 @@ class TaskData:
     )
     if self.shuffle:
       require_shuffling(task)
-    rows = self.batch_size // self.num_shards
-    with reading(task, self.split):
-      dataset = task.get_dataset(**options)
-      if not self.pack:
-        dataset = dataset.skip(start * rows)
-      dataset = converter(dataset, lengths)
-      dataset = dataset.batch(rows, drop_remainder=True)
-      if self.pack:
-        # How many examples a packed row takes depends on their lengths.
-        dataset = dataset.skip(start)
-      dataset = dataset.prefetch(2)
-    return self._read(dataset, task)
+    share = self.batch_size // num_shards
+    wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows)
+    parts = []  # (data set, which rows of its batches)
+    for index in np.unique(wanted // share).tolist():
+      if num_shards > 1:
+        options['shard_info'] = seqio.ShardInfo(index, num_shards)
+      with reading(task, self.split):
+        dataset = task.get_dataset(**options)
+        if not self.pack:
+          dataset = dataset.skip(start * share)
+        dataset = converter(dataset, lengths)
+        dataset = dataset.batch(share, drop_remainder=True)
+        if self.pack:
+          # How many examples a packed row takes depends on their lengths.
+          dataset = dataset.skip(start)
+        dataset = dataset.prefetch(2)
+      parts.append((dataset, wanted[wanted // share == index] % share))
+    return self._read(parts, task, num_shards)
 
-  def _read(self, dataset, task):
+  def _read(self, parts, task, num_shards):
     with reading(task, self.split):
-      yield from dataset.as_numpy_iterator()
+      for batches in zip(*(part.as_numpy_iterator() for part, _ in parts)):
+        yield {
+          name: np.concatenate(
+            [batch[name][rows] for batch, (_, rows) in zip(batches, parts)]
+          )
+          for name in batches[0]
+        }
     raise UserError(
-      f'task {task.name}, split {self.split!r}: process {self.shard_index} of'
-      f' {self.num_shards} has no examples; use fewer processes'
+      f'task {task.name}, split {self.split!r}: one of {num_shards} parts of'
+      ' the data has no examples; bind a smaller TaskData.num_shards'
     )
 
 

@@ -602,19 +602,26 @@ class TokenArrayData:
     virtual_tokens: VirtualTokens | None = None,
     seed: int = 0,
     start: int = 0,
-  ) -> Iterator[dict[str, Int[np.ndarray, 'B length']]]:
+    rows: Int[np.ndarray, 'r'] | None = None,
+    num_shards: int = 1,
+  ) -> Iterator[dict[str, Int[np.ndarray, 'r length']]]:
     """Batches from number `start` on, without end.
 
     Args:
       virtual_tokens: placed in each row; T is P + inputs length then.
       seed: of the order and of the noise.
       start: number of batches that were consumed already.
+      rows: numbers of the rows of each batch to make; None: all B.
+      num_shards: changes nothing, since every row is read by itself.
 
     Yields:
-      T5X's features, int32: encoder_input_tokens [B, T], and
+      T5X's features, int32: encoder_input_tokens [r, T], and
       decoder_input_tokens, decoder_target_tokens and decoder_loss_weights
-      [B, L]. Batch i depends on (seed, i) alone.
+      [r, L]. Row j of batch i depends on (seed, i, j) alone.
     """
+    del num_shards
+    if rows is None:
+      rows = np.arange(self.batch_size)
     inputs_length = self.task_feature_lengths['inputs']
     if virtual_tokens is not None:
       inputs_length += virtual_tokens.length
@@ -622,11 +629,11 @@ class TokenArrayData:
     windows = self.examples_per_epoch
     current, offset, order = -1, 0, None
     for first in range(start * self.batch_size, 2**62, self.batch_size):
-      encoder = np.zeros((self.batch_size, inputs_length), np.int32)
-      targets = np.zeros((self.batch_size, targets_length), np.int32)
+      encoder = np.zeros((len(rows), inputs_length), np.int32)
+      targets = np.zeros((len(rows), targets_length), np.int32)
       weights = np.zeros_like(targets)
-      for row in range(self.batch_size):
-        epoch, position = divmod(first + row, windows)
+      for row, number in enumerate(rows.tolist()):
+        epoch, position = divmod(first + number, windows)
         if epoch != current:
           current, (offset, order) = epoch, self._epoch(seed, epoch)
         if self.objective == 'text_to_text':
@@ -635,7 +642,7 @@ class TokenArrayData:
           begin = offset + int(order[position]) * self.window_length
           source, target = self.example(
             self._stream[begin : begin + self.window_length],
-            np.random.default_rng((_WINDOW_STREAM, seed, first + row)),
+            np.random.default_rng((_WINDOW_STREAM, seed, first + number)),
           )
         if virtual_tokens is not None:
           source = virtual_tokens.place(source, virtual_tokens.ids())

@@ -10,6 +10,7 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop import prompts
 from prompt_tuning.models.prompt import Initializer
+from prompt_tuning.training import hosts
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.checkpoints import fingerprint
 
@@ -60,6 +61,8 @@ def export(
   facts |= _metric(checkpoints.metrics(step), extra)
   written: dict[str, Any] = {'step': step, 'files': []}
   trained = checkpoints.trained(step)
+  if not hosts.is_primary():  # of a job: it read along, as all must
+    return written
   if 'params' in trained:
     # The prompt belongs to the model it was trained with, not to its start.
     facts |= {

@@ -68,7 +68,8 @@ class Attention(nn.Module):
       y = layers.Dense(
         self.num_heads * self.head_dim, self.dtype, init, name=name
       )(x)
-      return y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+      y = y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+      return layers.constrain(y, 'batch', 'length', 'heads', 'kv')
 
     def query_init(key, shape, dtype=jnp.float32):
       # The 1 / sqrt(head_dim) that the scores do without.
@@ -114,6 +115,7 @@ class Attention(nn.Module):
     )
     mixed = jnp.einsum('bnqs,bsnd->bqnd', weights, value)
     mixed = mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim)
+    mixed = layers.constrain(mixed, 'batch', 'length', 'joined_kv')
     return layers.Dense(
       inputs_q.shape[-1],
       self.dtype,

@@ -25,6 +25,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def constrain(x: Float[Array, '*S'], *names: str | None) -> Float[Array, '*S']:
+  """Says which logical axes an array has, for who splits it over devices.
+
+  An axis called None is whole.
+
+  Outside of `partitioning.Layout.jit` (or T5X's partitioner) it does nothing.
+  """
+  return nn.with_logical_constraint(x, names)
+
+
 class RMSNorm(nn.Module):
   """Scales to unit root mean square; no mean is taken off, no bias is added.
 
@@ -80,6 +90,7 @@ class MLP(nn.Module):
       y = ACTIVATIONS[activation](Dense(self.mlp_dim, self.dtype, name=name)(x))
       gate = y if gate is None else gate * y
     gate = dropout(self.dropout_rate)(gate, deterministic=deterministic)
+    gate = constrain(gate, 'batch', 'length', 'mlp')
     return Dense(embed, self.dtype, name='wo')(gate)
 
 

@@ -121,7 +121,7 @@ class EncoderLayer(nn.Module):
     y = layers.RMSNorm(config.dtype, name='pre_mlp_layer_norm')(x)
     y = _mlp(config)(y, deterministic=deterministic)
     x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
-    return x, None
+    return layers.constrain(x, 'batch', 'length', 'embed'), None
 
 
 class DecoderLayer(nn.Module):
@@ -165,7 +165,7 @@ class DecoderLayer(nn.Module):
     y = layers.RMSNorm(config.dtype, name='pre_mlp_layer_norm')(x)
     y = _mlp(config)(y, deterministic=deterministic)
     x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
-    return x, None
+    return layers.constrain(x, 'batch', 'length', 'embed'), None
 
 
 def _run_layers(
@@ -289,7 +289,8 @@ class Decoder(nn.Module):
     if config.logits_via_embedding:
       return x
     # Logits are float32, whatever the activations are.
-    return layers.Dense(config.vocab_size, 'float32', name='logits_dense')(x)
+    x = layers.Dense(config.vocab_size, 'float32', name='logits_dense')(x)
+    return layers.constrain(x, 'batch', 'length', 'vocab')
 
 
 class TokenEmbedder(nn.Module):
@@ -305,11 +306,15 @@ class TokenEmbedder(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:
-    return jnp.take(self.embedding, ids, axis=0).astype(self.config.dtype)
+    # Rows are looked up whole: the table is gathered where its rows are split.
+    table = layers.constrain(self.embedding, 'vocab', None)
+    x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
+    return layers.constrain(x, 'batch', 'length', 'embed')
 
   def attend(self, x: Float[Array, 'B L E']) -> Float[Array, 'B L V']:
     x = x.astype(jnp.float32) @ self.embedding.astype(jnp.float32).T
-    return x / np.float32(np.sqrt(self.config.emb_dim))
+    x = x / np.float32(np.sqrt(self.config.emb_dim))
+    return layers.constrain(x, 'batch', 'length', 'vocab')
 
 
 class Transformer(nn.Module):
@@ -328,13 +333,17 @@ class Transformer(nn.Module):
       return self.token_embedder(ids)
     vocab_size, dtype = self.config.vocab_size, self.config.dtype
     table = self.get_variable('prompt', 'table')  # [K, P, E]
-    table = table.reshape(-1, table.shape[-1]).astype(dtype)
+    table = table.reshape(-1, table.shape[-1])
     is_virtual = ids >= vocab_size
     tokens = self.token_embedder(jnp.where(is_virtual, 0, ids))
     # A product with one-hot rows, so that the prompt's gradient is a product
-    # too, and not a scatter; other ids give rows of zeros.
-    rows = jax.nn.one_hot(ids - vocab_size, table.shape[0], dtype=dtype)
-    return jnp.where(is_virtual[..., None], rows @ table, tokens)
+    # too, and not a scatter; other ids give rows of zeros. In float32, since
+    # that gradient is summed over all examples, and over devices.
+    rows = jax.nn.one_hot(ids - vocab_size, table.shape[0], dtype=table.dtype)
+    virtual = layers.constrain(
+      (rows @ table).astype(dtype), 'batch', 'length', 'embed'
+    )
+    return jnp.where(is_virtual[..., None], virtual, tokens)
 
   def encode(
     self,

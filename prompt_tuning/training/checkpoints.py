@@ -24,12 +24,14 @@ from typing import Any
 from etils import epath
 from flax import traverse_util
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.training import hosts
 from prompt_tuning.training.train_state import TrainState
 
 _MANIFEST = 'manifest.json'
@@ -44,8 +46,15 @@ def frozen_dtype(dtype: str | None = None) -> str:
   """How frozen weights are stored: as asked, else as the backend likes it.
 
   bfloat16 on accelerators, float32 on CPU, where bfloat16 is slow.
+
+  Raises:
+    UserError: neither of `STORAGE_DTYPES`.
   """
   if dtype is not None:
+    if dtype not in STORAGE_DTYPES:
+      raise UserError(
+        f'weights are stored as {" or ".join(STORAGE_DTYPES)}, got {dtype!r}'
+      )
     return dtype
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
@@ -92,7 +101,8 @@ class Checkpoints:
       return
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
-      probe = self.directory / f'.writable-{os.getpid()}'
+      process = f'{jax.process_index()}-{os.getpid()}'
+      probe = self.directory / f'.writable-{process}'
       probe.write_text('')
       probe.unlink()
     except OSError as error:
@@ -116,6 +126,8 @@ class Checkpoints:
     At a step that is already on disk only `extra` and `metrics` are renewed:
     the state of a step does not change within a run.
 
+    Of a job every process takes part, and returns when all is on disk.
+
     Args:
       step: the state's step.
       state: what to save.
@@ -131,16 +143,17 @@ class Checkpoints:
     folder = self.directory / str(step)
     try:
       manifest = self._manifest(step)
-      if manifest is None:
+      if hosts.agree(manifest is None):
         manifest = self._write_arrays(step, state)
       manifest['extra'] = dict(extra)
       manifest['metrics'].update(
         {name: float(value) for name, value in (metrics or {}).items()}
       )
-      if jax.process_index() == 0:
+      if hosts.is_primary():
         text = json.dumps(manifest, indent=1, default=_to_json)
         _write_atomically(folder / _MANIFEST, text.encode())
         self._delete_old(step)
+      hosts.wait_for_all(f'saved step {step}')
     except Exception as error:
       if not _is_storage_fault(error):
         raise
@@ -298,6 +311,8 @@ class Checkpoints:
 
   def _remove_if_incomplete(self, step: int) -> None:
     """Gives the space of a failed save back, as far as the disk lets us."""
+    if not hosts.is_primary():
+      return
     folder = self.directory / str(step)
     if self._manifest(step) is None and folder.exists():
       try:
@@ -408,10 +423,8 @@ def load_params(
   if shardings is not None:
     flat_shardings = _flatten_params(shardings)
   loaded = {}
-  if dtype is not None and dtype not in STORAGE_DTYPES:
-    raise UserError(
-      f'weights are stored as {" or ".join(STORAGE_DTYPES)}, got {dtype!r}'
-    )
+  if dtype is not None:
+    dtype = frozen_dtype(dtype)
   for path, spec in wanted.items():
     # One host copy at a time: each array is on its device before the next.
     wanted_dtype = jnp.dtype(spec.dtype if dtype is None else dtype)
@@ -422,8 +435,8 @@ def load_params(
 
 def _placed(array: Any, dtype: np.dtype, sharding: Any) -> jax.Array:
   """An array on its devices, of which a host reads its own slices alone."""
-  if sharding is None or sharding.is_fully_replicated:
-    return jax.device_put(np.asarray(array).astype(dtype), sharding)
+  if sharding is None:
+    return jax.device_put(np.asarray(array).astype(dtype))
   parts = {}
 
   def part(index):
@@ -497,7 +510,11 @@ def _run_array(folder: epath.Path, name: str, spec: Mapping) -> LazyArray:
     try:
       with (
         _orbax_at_work(),
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
+        # Alone: processes read different slices, a different number of times.
+        ocp.Checkpointer(
+          ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
+          multiprocessing_options=_alone(),
+        ) as reader,
       ):
         tree = reader.restore(
           folder / _STATE,
@@ -517,6 +534,16 @@ def _run_array(folder: epath.Path, name: str, spec: Mapping) -> LazyArray:
     return tree[index]
 
   return LazyArray(tuple(spec['shape']), jnp.dtype(spec['dtype']), read)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Orbax without the other processes of the job."""
+  process = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=process,
+    active_processes={process},
+    barrier_sync_key_prefix=f'process_{process}',
+  )
 
 
 @contextlib.contextmanager
@@ -645,6 +672,8 @@ def _first_values(array: Any, count: int = 1024) -> np.ndarray:
   rows = math.ceil(count / max(1, math.prod(array.shape[1:])))
   head = array[:rows] if array.shape else array[...]
   with jax.transfer_guard('allow'):
+    if isinstance(head, jax.Array) and not head.is_fully_addressable:
+      head = multihost_utils.process_allgather(head, tiled=True)
     head = np.asarray(head).reshape(-1)[:count]
   return head.astype(np.float32).astype(ml_dtypes.bfloat16)
 

@@ -4,8 +4,8 @@ import collections
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -20,6 +20,7 @@ from prompt_tuning.data import task_data
 from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
+from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
 
 METRICS_FILE = 'eval_metrics.jsonl'
@@ -64,6 +65,7 @@ class Evaluation:
     model: Any,
     virtual_tokens: VirtualTokens | None,
     output_dir: str | os.PathLike,
+    layout: partitioning.Layout | None = None,
   ) -> 'Evaluator':
     """Reads and converts the examples, once.
 
@@ -72,12 +74,13 @@ class Evaluation:
       virtual_tokens: None for a model without a prompt (zero-shot, model
         tuning).
       output_dir: gets predictions and metrics (see `Evaluator.evaluate`).
+      layout: where the variables will be; None: this process's first device.
 
     Raises:
       UserError: as `TaskData.batches`, and if no task has metrics or, for rank
         classification, labels that its vocabulary can write.
     """
-    return Evaluator(self, model, virtual_tokens, output_dir)
+    return Evaluator(self, model, virtual_tokens, output_dir, layout)
 
 
 class Evaluator:
@@ -93,8 +96,10 @@ class Evaluator:
     model: Any,
     virtual_tokens: VirtualTokens | None,
     output_dir: str | os.PathLike,
+    layout: partitioning.Layout | None = None,
   ):
     self._evaluation = evaluation
+    self._layout = layout or partitioning.single_device()
     self._output_dir = pathlib.Path(output_dir)
     provider = task_data.get_task(
       evaluation.mixture_or_task_name,
@@ -149,20 +154,24 @@ class Evaluator:
       """A batch's own random key, for decoding that samples."""
       return jax.random.fold_in(jax.random.key(evaluation.seed), number)
 
-    @jax.jit
+    jit = functools.partial(
+      self._layout.jit, out_shardings=self._layout.replicated
+    )
+
+    @jit
     def predict(variables, batch, number):
       return model.predict_batch(variables, batch, key(number))
 
-    @jax.jit
+    @jit
     def predict_with_aux(variables, batch, number):
       return model.predict_batch_with_aux(variables, batch, key(number))
 
-    @jax.jit
+    @jit
     def score(variables, batch, number):
       del number
       return model.score_batch(variables, batch)
 
-    @jax.jit
+    @jit
     def rank(variables, batch, number, label_tokens):
       del number
       return model.rank_classify(variables, batch, label_tokens)
@@ -209,6 +218,8 @@ class Evaluator:
       found = [value for name, value in values.items() if _is_score(name)]
       if found:
         values[f'{self._name}/score'] = sum(found) / len(found)
+    if not hosts.is_primary():
+      return values
     with _writing(self._output_dir):
       for task, output in outputs.items():
         self._write_inference(self._tasks[task], output, step)
@@ -226,18 +237,17 @@ class Evaluator:
   def _run(self, function, variables, task, *arguments) -> Any:
     """`function` on all of a task's batches, the rows of its results joined.
 
-    Where the variables are on a mesh, every batch is split over it as a
-    training batch is.
+    Every batch is split as a training batch is. Each process has all examples
+    and puts its rows on its devices; the results come back to all.
     """
-    mesh = _mesh_of(variables)
-    sharding, rows = None, self._evaluation.batch_size
-    if mesh is not None:
-      sharding = partitioning.batch_sharding(mesh)
-      parts = math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
-      rows = -(-rows // parts) * parts
+    parts = self._layout.batch_shards
+    rows = -(-self._evaluation.batch_size // parts) * parts
     results = [
       function(
-        variables, jax.device_put(batch, sharding), np.int32(number), *arguments
+        variables,
+        self._layout.shard_batch(batch),
+        np.int32(number),
+        *arguments,
       )
       for number, batch in enumerate(task.batches(rows))
     ]
@@ -403,15 +413,6 @@ def _label_tokens(
   for number, row in enumerate(rows):
     tokens[number, : len(row)] = row
   return tokens
-
-
-def _mesh_of(variables) -> jax.sharding.Mesh | None:
-  """The mesh of more than one device that variables were put on."""
-  for leaf in jax.tree.leaves(variables):
-    sharding = getattr(leaf, 'sharding', None)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-      return sharding.mesh if sharding.mesh.size > 1 else None
-  return None
 
 
 @contextlib.contextmanager

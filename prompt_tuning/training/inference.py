@@ -27,6 +27,9 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.models import model as model_lib
 from prompt_tuning.models import network
 from prompt_tuning.training import checkpoints
+from prompt_tuning.training import hosts
+from prompt_tuning.training import partitioning
+from prompt_tuning.training import sizing
 
 # The shortest encoder rows; longer ones double, so few shapes are compiled.
 _SHORTEST = 32
@@ -39,6 +42,7 @@ def load_variables(
   *,
   dtype: str | None = None,
   check_fingerprint: bool = True,
+  layout: partitioning.Layout | None = None,
 ) -> tuple[dict[str, dict], virtual_tokens_lib.VirtualTokens | None]:
   """The model's variables from a base checkpoint and a prompt on disk.
 
@@ -49,6 +53,7 @@ def load_variables(
     dtype: of the frozen weights, as in training: None is bfloat16 on
       accelerators, float32 on CPU. The prompt stays float32.
     check_fingerprint: refuse a prompt that was trained on another base.
+    layout: where they are put; None: this process's first device.
 
   Returns:
     {'params': ..., 'prompt': {'table': [K, P, E]}} and the virtual tokens that
@@ -57,9 +62,13 @@ def load_variables(
   Raises:
     UserError: base or prompt do not fit the model, or each other.
   """
+  layout = layout or partitioning.single_device()
   like = network.parameter_shapes(model.config)
   params = checkpoints.load_params(
-    base, like, dtype=checkpoints.frozen_dtype(dtype)
+    base,
+    like,
+    dtype=checkpoints.frozen_dtype(dtype),
+    shardings=layout.frozen(like),
   )
   if prompt is None:
     return {'params': params}, None
@@ -72,7 +81,7 @@ def load_variables(
     )
   trained_on = metadata.get('base_fingerprint')
   if check_fingerprint and trained_on:
-    found = checkpoints.fingerprint(params)
+    found = base.fingerprint()
     if found != trained_on:
       raise UserError(
         f'the prompt was trained on {metadata.get("base", "another base")} '
@@ -85,7 +94,7 @@ def load_variables(
     num_prompts=table.shape[0],
     placement=metadata.get('placement', 'prefix'),
   )
-  table = jnp.asarray(table, jnp.float32)
+  table = layout.replicate(np.asarray(table, np.float32))
   return {'params': params, 'prompt': {'table': table}}, virtual_tokens
 
 
@@ -105,6 +114,8 @@ class Predictor:
     batch_size: texts that run at once.
     prompt_index: which prompt of the table.
     seed: of decoding, where it samples.
+    layout: where `variables` are; None: this process's first device. A job's
+      processes are given the same texts.
   """
 
   model: model_lib.EncoderDecoderModel
@@ -117,6 +128,9 @@ class Predictor:
   batch_size: int = 32
   prompt_index: int = 0
   seed: int = 0
+  layout: partitioning.Layout = dataclasses.field(
+    default_factory=partitioning.single_device
+  )
 
   def __post_init__(self):
     rows = self.model.config.vocab_size
@@ -159,7 +173,9 @@ class Predictor:
     while length < longest:
       length *= 2
     length = min(length, self.inputs_length)
-    encoded += [[]] * (self.batch_size - len(encoded))
+    shards = self.layout.batch_shards
+    rows = -(-self.batch_size // shards) * shards
+    encoded += [[]] * (rows - len(encoded))
     return np.stack(
       [
         virtual_tokens_lib.encoder_row(
@@ -174,7 +190,7 @@ class Predictor:
   ) -> Iterator[dict[str, Any]]:
     key = jax.random.fold_in(jax.random.key(self.seed), number)
     ids, scores = jax.device_get(
-      self._decode_and_score(self.variables, inputs, key)
+      self._decode_and_score(self.variables, self._placed(inputs), key)
     )
     for text, row, score in zip(texts, ids, scores):
       prediction = self.vocabulary.decode(row.tolist())
@@ -184,7 +200,9 @@ class Predictor:
     self, texts: Sequence[str], inputs: Int[np.ndarray, 'B T']
   ) -> Iterator[dict[str, Any]]:
     scores = jax.device_get(
-      self._label_scores(self.variables, inputs, self._label_tokens)
+      self._label_scores(
+        self.variables, self._placed(inputs), self._label_tokens
+      )
     )
     for text, row in zip(texts, scores):
       best = int(np.argmax(row))
@@ -196,6 +214,12 @@ class Predictor:
           label: float(score) for label, score in zip(self.labels, row)
         },
       }
+
+  def _placed(self, inputs: Int[np.ndarray, 'B T']) -> Int[Array, 'B T']:
+    return self.layout.shard_batch({'inputs': inputs})['inputs']
+
+  def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    return self.layout.jit(function, out_shardings=self.layout.replicated)
 
   @functools.cached_property
   def _label_tokens(self) -> Int[np.ndarray, 'C L']:
@@ -233,7 +257,7 @@ class Predictor:
       )
       return ids, scores
 
-    return jax.jit(decode_and_score)
+    return self._jit(decode_and_score)
 
   @functools.cached_property
   def _label_scores(self) -> Callable[..., Any]:
@@ -241,7 +265,7 @@ class Predictor:
       batch = {'encoder_input_tokens': inputs}
       return self.model.rank_classify(variables, batch, label_tokens)
 
-    return jax.jit(label_scores)
+    return self._jit(label_scores)
 
 
 def infer(
@@ -263,6 +287,7 @@ def infer(
   seed: int = 0,
   dtype: str | None = None,
   check_fingerprint: bool = True,
+  partitioner: sizing.Partitioner | None = None,
 ) -> dict[str, int]:
   """Predicts for every record of a file and writes JSONL.
 
@@ -286,6 +311,7 @@ def infer(
     seed: of decoding, where it samples.
     dtype: of the frozen weights; None: see `load_variables`.
     check_fingerprint: refuse a prompt that was trained on another base.
+    partitioner: how the devices of the job share the work; None chooses.
 
   Returns:
     {'examples': how many}.
@@ -293,6 +319,8 @@ def infer(
   Raises:
     UserError: files, fields, prompt or vocabulary are at fault.
   """
+  if input_file == '-' and jax.process_count() > 1:
+    raise UserError('a job over several processes needs an input file, got -')
   # The cheap faults first: the checkpoint takes a while.
   if input_format is None:
     input_format = _format_of(input_file)
@@ -308,25 +336,47 @@ def infer(
       for place, record in itertools.chain(first, records)
     )
     head = next(texts)
-    variables, virtual_tokens = load_variables(
-      model, base, prompt, dtype=dtype, check_fingerprint=check_fingerprint
-    )
     trained = prompt[1] if prompt is not None else {}
+    inputs_length = inputs_length or trained.get('inputs_length', 512)
+    targets_length = targets_length or trained.get('targets_length', 32)
+    layout, reason = _layout(
+      partitioner,
+      model,
+      prompt,
+      batch_size,
+      inputs_length,
+      targets_length,
+      dtype,
+    )
+    variables, virtual_tokens = load_variables(
+      model,
+      base,
+      prompt,
+      dtype=dtype,
+      check_fingerprint=check_fingerprint,
+      layout=layout,
+    )
     predictor = Predictor(
       model,
       variables,
       vocabularies.load_vocabulary(vocabulary),
       virtual_tokens,
       labels,
-      inputs_length or trained.get('inputs_length', 512),
-      targets_length or trained.get('targets_length', 32),
+      inputs_length,
+      targets_length,
       batch_size,
       prompt_index,
       seed,
+      layout,
     )
-    output = stack.enter_context(_output(output_file))
+    # Of a job one process writes; the others only work along.
+    output = stack.enter_context(
+      _output(output_file if hosts.is_primary() else os.devnull)
+    )
     count = 0
     for record in predictor(itertools.chain([head], texts)):
+      if count == 0:
+        _say(reason, layout)
       output.write(json.dumps(record, ensure_ascii=False) + '\n')
       output.flush()
       count += 1
@@ -342,6 +392,7 @@ def evaluate(
   *,
   dtype: str | None = None,
   check_fingerprint: bool = True,
+  partitioner: sizing.Partitioner | None = None,
   resolved_config: Callable[[], str] | None = None,
 ) -> dict[str, float]:
   """Scores the model, with or without a prompt, on a task.
@@ -354,6 +405,7 @@ def evaluate(
     prompt: (table, metadata) of `load_prompt`; None for none.
     dtype: of the frozen weights; None: see `load_variables`.
     check_fingerprint: refuse a prompt that was trained on another base.
+    partitioner: how the devices of the job share the work; None chooses.
     resolved_config: gives the text of config.gin; None writes none.
 
   Returns:
@@ -362,18 +414,64 @@ def evaluate(
   Raises:
     UserError: base, prompt, task or folder are at fault.
   """
-  variables, virtual_tokens = load_variables(
-    model, base, prompt, dtype=dtype, check_fingerprint=check_fingerprint
+  lengths = getattr(evaluation, 'task_feature_lengths', {})
+  layout, reason = _layout(
+    partitioner,
+    model,
+    prompt,
+    getattr(evaluation, 'batch_size', 32),
+    lengths.get('inputs', 512),
+    lengths.get('targets', 32),
+    dtype,
   )
-  evaluator = evaluation.build(model, virtual_tokens, output_dir)
+  variables, virtual_tokens = load_variables(
+    model,
+    base,
+    prompt,
+    dtype=dtype,
+    check_fingerprint=check_fingerprint,
+    layout=layout,
+  )
+  evaluator = evaluation.build(model, virtual_tokens, output_dir, layout)
   folder = pathlib.Path(output_dir)
   folder.mkdir(parents=True, exist_ok=True)
-  if resolved_config is not None:
+  if resolved_config is not None and hosts.is_primary():
     (folder / 'config.gin').write_text(resolved_config())
+  _say(reason, layout)
   step = base.step or 0
   if prompt is not None:
     step = prompt[1].get('step', step)
   return evaluator.evaluate(variables, int(step))
+
+
+def _layout(
+  partitioner: sizing.Partitioner | None,
+  model: model_lib.EncoderDecoderModel,
+  prompt: tuple[Float[np.ndarray, 'K P E'], Mapping[str, Any]] | None,
+  batch_size: int,
+  inputs_length: int,
+  targets_length: int,
+  dtype: str | None,
+) -> tuple[partitioning.Layout, str]:
+  """Where a model goes that only predicts, and why."""
+  return (partitioner or sizing.Partitioner()).layout(
+    sizing.Workload(
+      config=model.config,
+      batch_size=batch_size,
+      inputs_length=inputs_length
+      + (0 if prompt is None else len(prompt[0][0])),
+      targets_length=targets_length,
+      trained=(),
+      param_dtype=checkpoints.frozen_dtype(dtype),
+      num_decodes=model.num_decodes,
+    )
+  )
+
+
+def _say(reason: str, layout: partitioning.Layout) -> None:
+  """The reason for a layout, where there was a choice."""
+  if layout.mesh.size > 1 and hosts.is_primary():
+    print(reason, file=sys.stderr)
 
 
 def read_records(

@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import queue
-import signal
 import threading
 import time
 from typing import Any, Protocol, runtime_checkable
@@ -24,6 +23,7 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.models.prompt import Prompt
+from prompt_tuning.training import hosts
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
 from prompt_tuning.training.checkpoints import BaseCheckpoint
@@ -33,6 +33,8 @@ from prompt_tuning.training.checkpoints import frozen_dtype as storage_dtype
 from prompt_tuning.training.checkpoints import load_params
 from prompt_tuning.training.reporting import MetricsWriter
 from prompt_tuning.training.reporting import Progress
+from prompt_tuning.training.sizing import Partitioner
+from prompt_tuning.training.sizing import Workload
 from prompt_tuning.training.train_state import TrainState
 from prompt_tuning.training.train_step import train_step
 
@@ -45,9 +47,25 @@ class TrainData(Protocol):
   vocabulary: str | None
 
   def batches(
-    self, *, virtual_tokens: VirtualTokens | None, seed: int, start: int
+    self,
+    *,
+    virtual_tokens: VirtualTokens | None,
+    seed: int,
+    start: int,
+    rows: np.ndarray | None,
+    num_shards: int,
   ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, a function of seed and index; `start` are skipped."""
+    """Endless batches, a function of seed, index and num_shards.
+
+    Args:
+      virtual_tokens: to be placed in the inputs.
+      seed: of the order.
+      start: batches to skip.
+      rows: numbers of the rows of each batch that this process needs, and that
+        are yielded; None: all.
+      num_shards: parts that the data may be read in, so that a process reads
+        only some; who reads single rows at will need not look at it.
+    """
 
   def class_labels(self) -> Sequence[str] | None:
     """The task's labels, where it has a fixed set of them."""
@@ -57,7 +75,7 @@ class TrainData(Protocol):
 class Evaluation(Protocol):
   """Scores decoded text (`training.evaluator.Evaluation`)."""
 
-  def build(self, model, virtual_tokens, output_dir) -> Any:
+  def build(self, model, virtual_tokens, output_dir, layout) -> Any:
     """An evaluator with `evaluate(variables, step) -> {'task/metric': x}`."""
 
 
@@ -68,7 +86,8 @@ class TrainResult:
   Attributes:
     step: of the last update, base steps included.
     variables: trained collections: the best ones by `best_metric`, where that
-      is given, else the last ones. numpy arrays.
+      is given, else the last ones. numpy arrays; what is split over several
+      processes stays a jax.Array.
     best_step: step of `variables`.
     metrics: the evaluation of `variables`, 'task/metric' -> value.
     interrupted: it was asked to stop (SIGTERM, Ctrl-C) before its last step.
@@ -89,14 +108,76 @@ def count_parameters(tree: Any) -> int:
 def load_base(
   model: EncoderDecoderModel,
   base: BaseCheckpoint,
-  mesh: jax.sharding.Mesh,
+  layout: partitioning.Layout,
   dtype: str,
-  rules: partitioning.Rules = partitioning.DEFAULT_RULES,
 ) -> dict:
   """The base's parameters on the mesh, in the model's layout and `dtype`."""
   shapes = network.parameter_shapes(model.config)
-  shardings = partitioning.param_shardings(mesh, shapes, rules)
-  return load_params(base, shapes, dtype=dtype, shardings=shardings)
+  return load_params(base, shapes, dtype=dtype, shardings=layout.frozen(shapes))
+
+
+def step_function(
+  model: EncoderDecoderModel,
+  optimizer: optax.GradientTransformation,
+  learning_rate: float | optimizers.Schedule,
+  rng: jax.Array,
+  layout: partitioning.Layout,
+  microbatches: int,
+  shardings: Any,
+) -> Callable:
+  """`train_step`, jitted for a layout, with the learning rate in its metrics.
+
+  A function (state, frozen, batch) -> (state, metrics); the state is donated,
+  metrics are on every device. `shardings` are the state's.
+  """
+
+  def step(state, frozen, batch):
+    rate = learning_rate
+    if callable(rate):
+      rate = rate(state.step)
+    new_state, metrics = train_step(
+      model, optimizer, state, frozen, batch, rng, microbatches=microbatches
+    )
+    metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
+    return new_state, metrics
+
+  return layout.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(shardings, layout.replicated),
+  )
+
+
+def state_shardings(layout: partitioning.Layout, state: TrainState) -> Any:
+  """Where a state lives: prompts whole on every device, parameters split.
+
+  What an optimiser keeps of a parameter's own shape is split as that is; its
+  factored moments are small, and whole.
+
+  Args:
+    layout: of the run.
+    state: arrays or their shapes.
+  """
+  split = {}
+  if 'params' in state.trainable:
+    params = state.trainable['params']
+    split = {
+      f'/params/{"/".join(key.key for key in path)}/': (leaf.shape, sharding)
+      for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(params),
+        jax.tree.leaves(layout.params(params)),
+        strict=True,
+      )
+    }
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for parameter, (shape, sharding) in split.items():
+      if parameter in f'/{name}/' and shape == leaf.shape:
+        return sharding
+    return layout.replicated
+
+  return jax.tree_util.tree_map_with_path(place, state)
 
 
 def train(
@@ -114,7 +195,7 @@ def train(
   seed: int = 0,
   microbatches: int = 1,
   frozen_dtype: str | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  partitioner: Partitioner | None = None,
   evaluation: Evaluation | None = None,
   eval_period: int = 500,
   validation_data: TrainData | None = None,
@@ -151,7 +232,8 @@ def train(
     microbatches: parts of a batch whose gradients are added up.
     frozen_dtype: storage of frozen parameters; None: bfloat16 on accelerators,
       float32 on CPU. Trained parameters are float32.
-    mesh: None puts all devices on the data axis.
+    partitioner: how the devices of the job share the work; None: see
+      `Partitioner`, which then chooses all by itself.
     evaluation: decodes and scores a task every `eval_period` steps.
     eval_period: updates between evaluations.
     validation_data: its loss is computed at each evaluation.
@@ -171,7 +253,6 @@ def train(
     UserError: settings contradict each other or the base, or the loss is no
       longer finite.
   """
-  mesh = mesh or partitioning.make_mesh()
   if best_mode is None:
     best_mode = 'min' if (best_metric or '').endswith('loss') else 'max'
   if best_mode not in ('max', 'min'):
@@ -192,7 +273,20 @@ def train(
   }.items():
     if value < 1:
       raise UserError(f'{name} must be 1 or more, got {value}')
-  _check(model, data, base, prompt, trained, microbatches, mesh)
+  _check(model, data, base, prompt, trained)
+  lengths = dict(getattr(data, 'task_feature_lengths', {}))
+  layout, reason = (partitioner or Partitioner()).layout(
+    Workload(
+      config=model.config,
+      batch_size=data.batch_size,
+      inputs_length=lengths.get('inputs', 512)
+      + (prompt.length if prompt is not None else 0),
+      targets_length=lengths.get('targets', 32),
+      trained=tuple(trained),
+      microbatches=microbatches,
+      param_dtype=_param_dtype(trained, frozen_dtype),
+    )
+  )
   first_step = base.step if base is not None else 0
   last_step = _last_step(first_step, train_steps_relative, train_steps)
   model_dir = pathlib.Path(model_dir)
@@ -203,14 +297,20 @@ def train(
 
   init_key, run_key = jax.random.split(jax.random.key(seed))
   variables = _initial_variables(
-    model, data, base, prompt, trained, init_key, frozen_dtype, mesh
+    model, data, base, prompt, trained, init_key, frozen_dtype, layout
   )
   run = _RunRecord(
     seed=seed,
     base=base.path if base is not None else 'random parameters',
-    base_fingerprint=fingerprint(variables['params']),
+    base_fingerprint=(
+      base.fingerprint()
+      if base is not None
+      else fingerprint(variables['params'])
+    ),
     task=getattr(data, 'mixture_or_task_name', None),
-    task_feature_lengths=dict(getattr(data, 'task_feature_lengths', {})),
+    task_feature_lengths=lengths,
+    data_shards=getattr(data, 'num_shards', None)
+    or layout.reading_parts(data.batch_size),
     placement=prompt.placement if prompt is not None else None,
     best_metric=best_metric,
   )
@@ -218,12 +318,12 @@ def train(
   tx = optimizers.build_optimizer(optimizer, learning_rate, first_step)
   # Out of one compiled function: its outputs are buffers of their own, which
   # the first step may take over (`variables` goes).
-  state = jax.jit(
-    functools.partial(TrainState.create, optimizer=tx),
-    static_argnames='initial_step',
-  )({name: variables.pop(name) for name in trained}, initial_step=first_step)
-  if 'params' not in trained:
-    state = jax.device_put(state, partitioning.replicated(mesh))
+  trainable = {name: variables.pop(name) for name in trained}
+  create = functools.partial(
+    TrainState.create, optimizer=tx, initial_step=first_step
+  )
+  shardings = state_shardings(layout, jax.eval_shape(create, trainable))
+  state = jax.jit(create, out_shardings=shardings)(trainable)
 
   checkpoints = Checkpoints(
     model_dir / 'checkpoints',
@@ -232,58 +332,71 @@ def train(
     best_mode=best_mode,
   )
   resumed = checkpoints.latest_step()
+  hosts.wait_for_all('looked for checkpoints')
   if resumed is not None:
     state, extra = checkpoints.restore(resumed, state)
     run = run.resume(extra, model_dir)
   step = int(state.step)
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step_fn(state, frozen, batch):
-    rate = learning_rate
-    if callable(rate):
-      rate = rate(state.step)
-    new_state, metrics = train_step(
-      model, tx, state, frozen, batch, run_key, microbatches=microbatches
-    )
-    metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
-    return new_state, metrics
+  step_fn = step_function(
+    model,
+    tx,
+    learning_rate,
+    run_key,
+    layout,
+    microbatches,
+    shardings,
+  )
 
   # What may be wrong with data comes to light before a file is touched.
   virtual_tokens = _virtual_tokens(model, prompt)
   evaluators = {}
   if validation_data is not None:
     evaluators['validation'] = _Validation(
-      model, validation_data, virtual_tokens, validation_batches, mesh
+      model, validation_data, virtual_tokens, validation_batches, layout
     )
   if evaluation is not None:
     evaluators['eval'] = evaluation.build(
-      model, virtual_tokens, model_dir / 'eval'
+      model, virtual_tokens, model_dir / 'eval', layout
     )
   data_batches = data.batches(
-    virtual_tokens=virtual_tokens, seed=seed, start=run.position
+    virtual_tokens=virtual_tokens,
+    seed=seed,
+    start=run.position,
+    rows=layout.rows(data.batch_size),
+    num_shards=run.data_shards,
   )
   rows = model.config.vocab_size
   if virtual_tokens is not None:
     rows += virtual_tokens.num_prompts * virtual_tokens.length
-  batches = _Prefetch(data_batches, functools.partial(_place, mesh, rows))
-  writer = MetricsWriter(model_dir, step)
+  batches = _Prefetch(
+    data_batches, functools.partial(_place, layout, data.batch_size, rows)
+  )
+  writer = MetricsWriter(model_dir, step, silent=not hosts.is_primary())
   show = Progress(
-    last_step - first_step, step - first_step, silent=not progress
+    last_step - first_step,
+    step - first_step,
+    silent=not (progress and hosts.is_primary()),
   )
   show.say(
     f'trained: {", ".join(trained)},'
     f' {count_parameters(state.trainable):,} parameters; frozen:'
     f' {count_parameters(frozen):,}; base {run.base} at step {first_step:,};'
-    f' {mesh.size} device(s)'
+    f' {layout.mesh.size} device(s), {jax.process_count()} process(es)'
     + (f'; resumed after {step - first_step:,} steps' if resumed else '')
   )
-  if resolved_config is not None:
+  show.say(reason)
+  if resolved_config is not None and hosts.is_primary():
     (model_dir / 'config.gin').write_text(resolved_config())
   pending = None  # Metrics on the device, fetched one step late.
   clock = _Clock()
   ended = step >= last_step or run.stale(early_stopping_patience)
-  with _StopSignal() as stop, _closing(batches, writer, checkpoints):
-    while not ended and not stop.requested:
+  with (
+    hosts.StopSignal() as stop,
+    hosts.naming_lost_processes(),
+    _closing(batches, writer, checkpoints),
+  ):
+    while not ended and not stop.requested(step):
       batch, waited = batches.next()
       clock.add(batch, waited)
       with jax.transfer_guard('disallow'):
@@ -344,11 +457,21 @@ def train(
       state, _ = checkpoints.restore(best, state)
     return TrainResult(
       step=step,
-      variables=jax.device_get(state.trainable),
+      variables=jax.tree.map(_on_host, state.trainable),
       best_step=best,
       metrics=run.best_metrics,
       interrupted=not ended,
     )
+
+
+def _on_host(array: jax.Array) -> np.ndarray | jax.Array:
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return jax.device_get(array)
+  return array
+
+
+def _param_dtype(trained, frozen_dtype) -> str:
+  return 'float32' if 'params' in trained else storage_dtype(frozen_dtype)
 
 
 def _virtual_tokens(model, prompt) -> VirtualTokens | None:
@@ -363,32 +486,33 @@ def _virtual_tokens(model, prompt) -> VirtualTokens | None:
 
 
 def _initial_variables(
-  model, data, base, prompt, trained, key, frozen_dtype, mesh
+  model, data, base, prompt, trained, key, frozen_dtype, layout
 ) -> dict[str, dict]:
   """All collections of the network at step 0 of this run, on the mesh."""
   params_key, prompt_key = jax.random.split(key)
   if base is None:
-    params = model.init_params(params_key)
-    params = jax.device_put(params, partitioning.param_shardings(mesh, params))
+    shapes = network.parameter_shapes(model.config)
+    params = jax.jit(model.init_params, out_shardings=layout.params(shapes))(
+      params_key
+    )
   else:
-    dtype = 'float32' if 'params' in trained else storage_dtype(frozen_dtype)
-    params = load_base(model, base, mesh, dtype)
+    params = load_base(model, base, layout, _param_dtype(trained, frozen_dtype))
   if prompt is None:
     return {'params': params}
   encode = None
   if data.vocabulary is not None:
     encode = load_vocabulary(data.vocabulary).encode
-  start = prompt.init(
-    prompt_key,
-    params['token_embedder']['embedding'],
-    encode=encode,
-    labels=data.class_labels() or (),
-  )
-  start = jax.device_put(start, partitioning.replicated(mesh))
+  labels = data.class_labels() or ()
+  start = jax.jit(
+    lambda key, embedding: prompt.init(
+      key, embedding, encode=encode, labels=labels
+    ),
+    out_shardings=layout.replicated,
+  )(prompt_key, params['token_embedder']['embedding'])
   return {'params': params, 'prompt': start}
 
 
-def _check(model, data, base, prompt, trained, microbatches, mesh):
+def _check(model, data, base, prompt, trained):
   """Contradictions that would only show after minutes."""
   known = {'params': True, 'prompt': prompt is not None}
   for name in trained:
@@ -403,12 +527,6 @@ def _check(model, data, base, prompt, trained, microbatches, mesh):
   if base is None and 'params' not in trained:
     raise UserError(
       'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
-    )
-  of_batch = microbatches * mesh.shape['data'] * mesh.shape['fsdp']
-  if data.batch_size % of_batch:
-    raise UserError(
-      f'BATCH_SIZE {data.batch_size} does not divide by microbatches times'
-      f' devices that share a batch ({of_batch})'
     )
   if data.vocabulary is not None:
     size = load_vocabulary(data.vocabulary).size
@@ -436,7 +554,7 @@ def _last_step(first_step, relative, absolute):
   return last
 
 
-def _place(mesh, rows: int, batch) -> dict[str, jax.Array]:
+def _place(layout, batch_size: int, rows: int, batch) -> dict[str, jax.Array]:
   """The batch on the mesh, if the network has a row for every id."""
   largest = int(batch['encoder_input_tokens'].max())
   if largest >= rows:
@@ -444,7 +562,7 @@ def _place(mesh, rows: int, batch) -> dict[str, jax.Array]:
       f'the data has id {largest}, the model embeds ids below {rows}; give the'
       ' vocabulary of the model'
     )
-  return partitioning.shard_batch(mesh, batch)
+  return layout.shard_batch(batch, batch_size)
 
 
 @dataclasses.dataclass
@@ -458,6 +576,7 @@ class _RunRecord:
   task_feature_lengths: dict[str, int] = dataclasses.field(default_factory=dict)
   placement: str | None = None
   best_metric: str | None = None
+  data_shards: int = 1  # Parts that the data are read in.
   position: int = 0  # Batches consumed.
   best_step: int | None = None
   best_value: float | None = None
@@ -573,28 +692,6 @@ class _Clock:
     return rates
 
 
-class _StopSignal:
-  """Turns SIGTERM and Ctrl-C into a flag; a second Ctrl-C interrupts."""
-
-  def __enter__(self):
-    self.requested = False
-    self._before = {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del frame
-    if number == signal.SIGINT and self.requested:
-      raise KeyboardInterrupt
-    self.requested = True
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-
 def _require_finite(metrics, step, checkpoints):
   # The norm is that of the state which is about to be saved or trained on.
   checked = jax.device_get((metrics['loss'], metrics['trained_norm']))
@@ -637,13 +734,21 @@ def _summary(metrics, rates) -> dict[str, float]:
 class _Validation:
   """Mean loss per token of a few fixed batches."""
 
-  def __init__(self, model, data, virtual_tokens, num_batches, mesh):
-    batches = data.batches(virtual_tokens=virtual_tokens, seed=0, start=0)
+  def __init__(self, model, data, virtual_tokens, num_batches, layout):
+    batches = data.batches(
+      virtual_tokens=virtual_tokens,
+      seed=0,
+      start=0,
+      rows=layout.rows(data.batch_size),
+      num_shards=getattr(data, 'num_shards', None) or 1,
+    )
     self._batches = [
-      partitioning.shard_batch(mesh, next(batches)) for _ in range(num_batches)
+      layout.shard_batch(next(batches), data.batch_size)
+      for _ in range(num_batches)
     ]
-    self._sums = jax.jit(
-      lambda variables, batch: model.loss_fn(variables, batch)[1]
+    self._sums = layout.jit(
+      lambda variables, batch: model.loss_fn(variables, batch)[1],
+      out_shardings=layout.replicated,
     )
 
   def evaluate(self, variables, step: int) -> dict[str, float]:

@@ -1,35 +1,49 @@
 """Where arrays live: the mesh, and rules from names of axes to mesh axes.
 
-The parameters' logical axes are T5X's (`embed`, `mlp`, `joined_kv`, `vocab`,
-`heads`, `relpos_buckets`, `layers`). A rule gives a logical axis to a mesh
-axis; XLA's partitioner (GSPMD) derives the rest of the program from the
-shardings of parameters and batch.
+Parameters and activations have T5X's logical axes (`batch`, `length`, `embed`,
+`mlp`, `heads`, `kv`, `joined_kv`, `vocab`, `relpos_buckets`, `layers`). A rule
+gives a logical axis to mesh axes; XLA's partitioner derives the program of
+each device from the shardings of parameters, batch and activations.
+
+Mesh axes: `data` splits the batch, `fsdp` splits the batch and the frozen
+weights (gathered layer by layer where they are used), `model` splits heads,
+mlp and vocabulary (T5X's model parallelism).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
 import math
 from typing import Any
 
+from flax import linen as nn
 from flax import traverse_util
 import jax
+from jax.experimental import mesh_utils
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as DeviceLayout
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from jaxtyping import Int
 import numpy as np
 
 from prompt_tuning.errors import UserError
 
 MESH_AXES = ('data', 'fsdp', 'model')
-# A batch is split over both of these.
-BATCH_AXES = ('data', 'fsdp')
 
-Rules = Sequence[tuple[str, str | None]]
+Rules = Sequence[tuple[str, str | Sequence[str] | None]]
+# An array uses a mesh axis once: activations, whose batch has taken `fsdp`,
+# keep `embed` whole; parameters have no batch and split it.
 DEFAULT_RULES: Rules = (
+  ('batch', ('data', 'fsdp')),
   ('vocab', 'model'),
   ('mlp', 'model'),
-  ('joined_kv', 'model'),
   ('heads', 'model'),
+  ('joined_kv', 'model'),
   ('embed', 'fsdp'),
+  ('kv', None),
+  ('length', None),
   ('relpos_buckets', None),
   ('layers', None),
 )
@@ -52,9 +66,27 @@ def make_mesh(
   fsdp: int = 1,
   model: int = 1,
   devices: Sequence[jax.Device] | None = None,
+  submesh: Sequence[int] | None = None,
 ) -> Mesh:
-  """A mesh with the axes data, fsdp and model; one -1 takes what is left."""
-  devices = jax.devices() if devices is None else devices
+  """A mesh with the axes data, fsdp and model; one -1 takes what is left.
+
+  Axes further right lie closer together in the machine: `model` on
+  neighbouring chips of a TPU's network or inside a host, `data` across hosts
+  and slices.
+
+  Args:
+    data: devices along `data`.
+    fsdp: devices along `fsdp`.
+    model: devices along `model`.
+    devices: None takes all of the job.
+    submesh: T5X's `model_parallel_submesh`: the block of hardware that one
+      model stretches over, (x, y, z, cores of a chip) on a TPU and
+      (processes, devices of a process) elsewhere. Its product is `model`.
+
+  Raises:
+    UserError: the sizes do not fit the devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
   sizes = [data, fsdp, model]
   fixed = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes:
@@ -69,7 +101,54 @@ def make_mesh(
       f'a mesh of data={data}, fsdp={fsdp}, model={model} does not fit'
       f' {len(devices)} devices'
     )
-  return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+  if submesh is not None:
+    return Mesh(_tiled(devices, submesh).reshape(sizes), MESH_AXES)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices > 1 and sizes[0] % slices == 0:
+    # Between slices of a TPU there is a slow network: only `data` crosses it.
+    within = (sizes[0] // slices, *sizes[1:])
+    placed = mesh_utils.create_hybrid_device_mesh(
+      within, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+  else:
+    placed = mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=True
+    )
+  return Mesh(placed, MESH_AXES)
+
+
+def _tiled(devices: Sequence[jax.Device], submesh: Sequence[int]) -> np.ndarray:
+  """Devices [tiles, devices of a tile]; a tile is a block of the machine."""
+  where: dict[tuple[int, ...], jax.Device] = {}
+  for device in sorted(devices, key=lambda device: device.id):
+    if getattr(device, 'coords', None) is not None:
+      where[*device.coords, device.core_on_chip] = device
+    else:
+      process = device.process_index
+      seat = sum(place[0] == process for place in where)
+      where[process, seat] = device
+  # From zero on: a job may own a corner of a larger machine.
+  first = np.min(list(where), axis=0)
+  bounds = np.max(list(where), axis=0) - first + 1
+  if (
+    len(submesh) != len(bounds)
+    or min(submesh) < 1
+    or (bounds % np.asarray(submesh)).any()
+    or math.prod(bounds) != len(devices)
+  ):
+    raise UserError(
+      f'model_parallel_submesh {tuple(submesh)} does not tile devices that'
+      f' stand as {" x ".join(map(str, bounds))}'
+    )
+  grid = np.empty(bounds, object)
+  for place, device in where.items():
+    grid[tuple(place - first)] = device
+  # [X / x, x, Y / y, y, ...] -> [X / x, Y / y, ..., x, y, ...]
+  split = [n for b, s in zip(bounds, submesh, strict=True) for n in (b // s, s)]
+  grid = grid.reshape(split)
+  rank = len(bounds)
+  grid = grid.transpose([*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)])
+  return grid.reshape(-1, math.prod(submesh))
 
 
 def logical_axes(path: Sequence[str], ndim: int) -> tuple[str, ...]:
@@ -89,49 +168,166 @@ def logical_axes(path: Sequence[str], ndim: int) -> tuple[str, ...]:
   return axes
 
 
-def param_shardings(
-  mesh: Mesh, shapes: Mapping[str, Any], rules: Rules = DEFAULT_RULES
-) -> dict:
-  """The tree of shardings for a tree of parameters or their shapes.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Which part of every array each device holds.
 
-  Raises:
-    UserError: a dimension does not divide by its mesh axis.
+  Attributes:
+    mesh: devices along `MESH_AXES`.
+    rules: (logical axis, mesh axis or axes or None); where a logical axis has
+      several, the first whose mesh axes are free in that array counts.
   """
-  mesh_axis = dict(rules)
-  shardings = {}
-  for path, value in traverse_util.flatten_dict(shapes).items():
-    spec = []
-    for name, size in zip(
-      logical_axes(path, len(value.shape)), value.shape, strict=True
-    ):
-      axis = mesh_axis.get(name)
-      if axis is not None and size % mesh.shape[axis]:
-        raise UserError(
-          f'{"/".join(path)} has {size} {name}, which {mesh.shape[axis]}'
-          f' devices on mesh axis {axis} do not divide; choose a smaller'
-          f' {axis} or bind another rule for {name}'
-        )
-      spec.append(axis)
-    shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
-  return traverse_util.unflatten_dict(shardings)
+
+  mesh: Mesh
+  rules: Rules = DEFAULT_RULES
+
+  def __post_init__(self):
+    for name, axes in self.rules:
+      for axis in (axes,) if isinstance(axes, str) else axes or ():
+        if axis not in self.mesh.shape:
+          raise UserError(
+            f'logical_axis_rules gives {name!r} to mesh axis {axis!r}; mesh'
+            f' axes are {", ".join(self.mesh.shape)}'
+          )
+
+  def sharding(self, *names: str) -> NamedSharding:
+    """Of an array with these logical axes; axes past them are whole."""
+    spec = nn.logical_to_mesh_axes(names, self.rules)
+    return NamedSharding(self.mesh, spec)
+
+  @property
+  def batch(self) -> NamedSharding:
+    """Examples split, all else whole."""
+    return self.sharding('batch')
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  @property
+  def batch_shards(self) -> int:
+    """Parts that a batch is split into."""
+    return self._size(self.batch.spec[0])
+
+  def _size(self, axes: str | Sequence[str] | None) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(self.mesh.shape[axis] for axis in axes)
+
+  def params(self, shapes: Mapping[str, Any]) -> dict:
+    """The tree of shardings for a tree of parameters or their shapes.
+
+    Raises:
+      UserError: a dimension does not divide by its mesh axis.
+    """
+    shardings = {}
+    for path, value in traverse_util.flatten_dict(shapes).items():
+      names = logical_axes(path, len(value.shape))
+      if path[-1] == 'scale':
+        # A norm's few kilobytes cost more to gather than to keep.
+        names = tuple(None if name == 'embed' else name for name in names)
+      sharding = self.sharding(*names)
+      for name, size, axes in zip(names, value.shape, sharding.spec):
+        if size % self._size(axes):
+          raise UserError(
+            f'{"/".join(path)} has {size} {name}, which {self._size(axes)}'
+            f' devices on mesh axis {axes} do not divide; choose a smaller'
+            f' {axes} or bind another rule for {name}'
+          )
+      shardings[path] = sharding
+    return traverse_util.unflatten_dict(shardings)
+
+  def frozen(self, shapes: Mapping[str, Any]) -> dict:
+    """As `params`, for parameters that a step only reads.
+
+    Scanned layers stand on axis 1 of their arrays; in memory they come first
+    here, as a loop over them reads them. A step would else make a copy of all
+    weights in that order, as large as they are.
+    """
+
+    def in_order(sharding, leaf, path):
+      if 'layers' not in logical_axes(path, len(leaf.shape)):
+        return sharding
+      order = (1, 0, *range(2, len(leaf.shape)))
+      return Format(DeviceLayout(major_to_minor=order), sharding)
+
+    return jax.tree_util.tree_map_with_path(
+      lambda path, sharding, leaf: in_order(
+        sharding, leaf, [key.key for key in path]
+      ),
+      self.params(shapes),
+      shapes,
+    )
+
+  def reading_parts(self, batch_size: int) -> int:
+    """Parts of a batch of which each process needs one or more in whole."""
+    parts: dict[int, set] = {}
+    for device, index in self.batch.devices_indices_map((batch_size,)).items():
+      first, last, _ = index[0].indices(batch_size)
+      parts.setdefault(device.process_index, set()).add((first, last))
+    return len({frozenset(part) for part in parts.values()})
+
+  def rows(self, batch_size: int) -> Int[np.ndarray, 'r']:
+    """Numbers of the rows of a batch that this process's devices hold.
+
+    Processes whose devices hold parts of one model hold the same rows.
+    """
+    held = self.batch.addressable_devices_indices_map((batch_size,))
+    numbers = np.arange(batch_size)
+    return np.unique(np.concatenate([numbers[i] for i in held.values()]))
+
+  def shard_batch(
+    self, batch: Mapping[str, np.ndarray], batch_size: int | None = None
+  ) -> dict[str, jax.Array]:
+    """Global arrays out of what each process has.
+
+    Args:
+      batch: arrays of the whole batch, or of this process's rows alone, in
+        order (see `rows`).
+      batch_size: B of the whole batch; None where it is given.
+    """
+    given = len(next(iter(batch.values())))
+    size = batch_size or given
+    rows = np.arange(size) if given == size else self.rows(size)
+    sharding = self.batch
+
+    def place(value):
+      def part(index):
+        first, last = np.searchsorted(rows, np.arange(size)[index[0]][[0, -1]])
+        return value[first : last + 1]
+
+      shape = (size, *value.shape[1:])
+      return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(value) for name, value in batch.items()}
+
+  def replicate(self, tree: Any) -> Any:
+    """Host values, the same in every process, on every device."""
+
+    def place(value):
+      value = np.asarray(value)
+      return jax.make_array_from_callback(
+        value.shape, self.replicated, lambda index: value[index]
+      )
+
+    return jax.tree.map(place, tree)
+
+  def jit(self, function: Callable, **settings: Any) -> Callable:
+    """`jax.jit` of a function whose activations follow the rules."""
+    if self.mesh.size == 1:
+      return jax.jit(function, **settings)
+
+    @functools.wraps(function)
+    def with_rules(*args, **kwargs):
+      with (
+        nn.logical_axis_rules(self.rules),
+        jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh),
+      ):
+        return function(*args, **kwargs)
+
+    return jax.jit(with_rules, **settings)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds all of it."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Examples split over data and fsdp, whole otherwise."""
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def shard_batch(
-  mesh: Mesh, batch: Mapping[str, np.ndarray]
-) -> dict[str, jax.Array]:
-  """This process's examples as its part of global arrays."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, value)
-    for name, value in batch.items()
-  }
+def single_device() -> Layout:
+  """Everything on this process's first device."""
+  return Layout(make_mesh(1, 1, 1, jax.local_devices()[:1]))

@@ -21,7 +21,13 @@ class MetricsWriter:
   it makes them again.
   """
 
-  def __init__(self, model_dir: str | os.PathLike, first_step: int):
+  def __init__(
+    self, model_dir: str | os.PathLike, first_step: int, silent: bool = False
+  ):
+    """Opens the files, unless `silent`: then nothing is ever written."""
+    self._silent = silent
+    if silent:
+      return
     folder = pathlib.Path(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
     self.path = folder / 'metrics.jsonl'
@@ -45,6 +51,8 @@ class MetricsWriter:
     partial.replace(self.path)
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]):
+    if self._silent:
+      return
     line = json.dumps({'step': step, 'split': split, **metrics})
     try:
       self._file.write(line + '\n')
@@ -59,6 +67,8 @@ class MetricsWriter:
       self._tensorboard.add_scalar(tag, value, step)
 
   def close(self):
+    if self._silent:
+      return
     self._file.close()
     self._tensorboard.close()
 

@@ -79,9 +79,11 @@ def data(name='stream_a', **changes):
   return TaskData(name, LENGTHS, batch_size=4, **changes)
 
 
-def first_batches(source, count, seed=0, start=0, virtual_tokens=VIRTUAL):
+def first_batches(
+  source, count, seed=0, start=0, virtual_tokens=VIRTUAL, **settings
+):
   batches = source.batches(
-    virtual_tokens=virtual_tokens, seed=seed, start=start
+    virtual_tokens=virtual_tokens, seed=seed, start=start, **settings
   )
   return list(itertools.islice(batches, count))
 
@@ -150,11 +152,13 @@ def test_a_batch_has_the_model_s_names_and_lengths():
 def test_processes_share_the_examples_and_no_example_is_read_twice():
   parts = [
     first_batches(
-      data(shard_index=index, num_shards=2, shuffle=False),
+      data(shuffle=False),
       5,
       virtual_tokens=None,
+      rows=np.arange(2) + 2 * process,
+      num_shards=2,
     )
-    for index in (0, 1)
+    for process in (0, 1)
   ]
   rows_of = [
     {row.tobytes() for b in part for row in b['encoder_input_tokens']}
@@ -163,6 +167,23 @@ def test_processes_share_the_examples_and_no_example_is_read_twice():
   assert all(b['encoder_input_tokens'].shape[0] == 2 for b in parts[0])
   assert [len(rows) for rows in rows_of] == [5, 5]
   assert not rows_of[0] & rows_of[1]
+
+
+@pytest.mark.parametrize(('pack', 'num_shards'), [(False, 2), (True, 4)])
+def test_what_processes_read_together_is_what_one_reads(pack, num_shards):
+  """A process may need a part, half of one, or the halves of two."""
+  source = data(pack=pack)
+  whole = first_batches(source, 4, seed=2, start=1, num_shards=num_shards)
+  for shares in ([[0, 1], [2, 3]], [[0], [1, 2], [3]]):
+    parts = [
+      first_batches(source, 4, 2, 1, rows=np.array(rows), num_shards=num_shards)
+      for rows in shares
+    ]
+    together = [
+      {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+      for batches in zip(*parts, strict=True)
+    ]
+    assert_same(together, whole)
 
 
 def test_each_task_of_a_mixture_can_have_its_own_prompt():
@@ -179,11 +200,9 @@ def test_each_task_of_a_mixture_can_have_its_own_prompt():
 
 
 def test_a_process_left_without_examples_is_told_so():
-  source = dataclasses.replace(
-    data(shard_index=11, num_shards=12), batch_size=12
-  )
-  with pytest.raises(UserError, match='process 11 of 12 has no examples'):
-    first_batches(source, 1)
+  source = dataclasses.replace(data(num_shards=12), batch_size=12)
+  with pytest.raises(UserError, match='one of 12 parts of the data has no'):
+    first_batches(source, 1, rows=np.array([11]))
 
 
 def test_another_vocabulary_changes_the_ids_and_not_what_is_registered(
@@ -221,7 +240,7 @@ def test_labels_survive_a_change_of_vocabulary(tiny_vocabulary):
     (data('stream_unreadable'), '/no/such/file.csv: cannot be read'),
     (data(modules=('no_such_module',)), "'no_such_module', which is not"),
     (data('stream_in_order'), 'forbids shuffling; set shuffle=False'),
-    (data(num_shards=3), 'multiple of the 3 processes'),
+    (data(num_shards=3), 'BATCH_SIZE 4 does not divide by the 3 parts'),
     (
       TaskData('stream_a', {'inputs': 8}, 4),
       "TASK_FEATURE_LENGTHS needs a length for 'targets'",

@@ -226,12 +226,10 @@ def test_another_vocabulary_is_used_and_the_registered_task_kept(
 def test_variables_on_a_mesh_get_batches_that_divide_by_its_devices(
   task, tmp_path
 ):
-  mesh = partitioning.make_mesh(data=4, fsdp=2)
-  variables = jax.device_put(
-    {'answer': answer(task, 'positive')}, partitioning.replicated(mesh)
-  )
+  layout = partitioning.Layout(partitioning.make_mesh(data=4, fsdp=2))
+  variables = layout.replicate({'answer': answer(task, 'positive')})
   evaluator = Evaluation('eval_scored', LENGTHS, batch_size=3).build(
-    FakeModel(), VIRTUAL, tmp_path
+    FakeModel(), VIRTUAL, tmp_path, layout
   )
   result = evaluator.evaluate(variables, 1)
   assert result['eval_scored/accuracy'] == pytest.approx(40.0)

@@ -24,7 +24,7 @@ from prompt_tuning.models.prompt import Prompt
 from prompt_tuning.models.prompt import uniform
 from prompt_tuning.training import checkpoints
 from prompt_tuning.training import loop
-from prompt_tuning.training import partitioning
+from prompt_tuning.training.sizing import Partitioner
 
 CONFIG = network.T5Config(
   vocab_size=32,
@@ -51,7 +51,7 @@ class ConstantAnswer:
   def class_labels(self):
     return None
 
-  def batches(self, *, virtual_tokens, seed, start):
+  def batches(self, *, virtual_tokens, seed, start, rows, num_shards):
     index = start
     while True:
       rng = np.random.default_rng((seed, index))
@@ -91,11 +91,18 @@ def run(folder, steps, **settings):
     'train_steps_relative': steps,
     'log_period': 5,
     'checkpoint_period': 4,
-    'mesh': partitioning.make_mesh(devices=jax.devices()[:1]),
+    'partitioner': OneDevice(),
     'progress': False,
     **settings,
   }
   return loop.train(model_dir=folder, **settings)
+
+
+class OneDevice(Partitioner):
+  """All on the first of the eight devices that tests have."""
+
+  def layout(self, workload, devices=None):
+    return super().layout(workload, jax.devices()[:1])
 
 
 def table_of(result):
@@ -225,7 +232,7 @@ class FakeEvaluation:
   def __init__(self, scores):
     self.scores = scores
 
-  def build(self, model, virtual_tokens, output_dir):
+  def build(self, model, virtual_tokens, output_dir, layout):
     remaining = iter(self.scores)
 
     class Evaluator:

@@ -131,19 +131,18 @@ def test_the_gradient_is_that_of_finite_differences():
 
 def test_a_step_over_eight_devices_equals_one_on_one_device():
   optimizer = optax.sgd(1.0)
-  mesh = partitioning.make_mesh(data=2, fsdp=2, model=2)
+  layout = partitioning.Layout(partitioning.make_mesh(2, 2, 2))
   frozen = {
     'params': jax.device_put(
-      variables()['params'],
-      partitioning.param_shardings(mesh, variables()['params']),
+      variables()['params'], layout.params(variables()['params'])
     )
   }
   state = jax.device_put(
     TrainState.create({'prompt': variables()['prompt']}, optimizer),
-    partitioning.replicated(mesh),
+    layout.replicated,
   )
-  run = jax.jit(lambda s, f, b: train_step(MODEL, optimizer, s, f, b, RNG))
-  new, metrics = run(state, frozen, partitioning.shard_batch(mesh, batch()))
+  run = layout.jit(lambda s, f, b: train_step(MODEL, optimizer, s, f, b, RNG))
+  new, metrics = run(state, frozen, layout.shard_batch(batch()))
   _, _, expected, alone = step(optimizer=optimizer)
   # Sums are taken in another order: float32 rounding, some 1e-7 an addition.
   np.testing.assert_allclose(metrics['loss'], alone['loss'], rtol=1e-6)

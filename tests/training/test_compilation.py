@@ -1,0 +1,288 @@
+"""Steps compiled for devices that are here, and for TPUs that are not.
+
+The TPU part needs libtpu (`pip install "prompt_tuning[tpu]"`) and is skipped
+without; `.ci/run` runs it in an environment of its own.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from prompt_tuning.errors import UserError
+from prompt_tuning.models import network
+from prompt_tuning.models.model import EncoderDecoderModel
+from prompt_tuning.models.prompt import Prompt
+from prompt_tuning.training import compilation
+from prompt_tuning.training import sizing
+
+CONFIG = network.T5Config(256, 32, 4, 8, 64, 1, 1)
+LENGTHS = {'inputs': 8, 'targets': 4}
+
+
+def compiled(config=CONFIG, **settings):
+  settings = {
+    'task_feature_lengths': LENGTHS,
+    'batch_size': 8,
+    'prompt': Prompt(3),
+    'frozen_dtype': 'float32',
+    'say': lambda text: None,
+    **settings,
+  }
+  return compilation.compile_steps(EncoderDecoderModel(config), **settings)
+
+
+@pytest.fixture(scope='module')
+def reports():
+  return {report.step: report for report in compiled()}
+
+
+def test_memory_of_a_step_is_that_of_its_arguments_and_more(reports):
+  report = reports['train']
+  params = sum(
+    4 * leaf.size for leaf in jax.tree.leaves(network.parameter_shapes(CONFIG))
+  )
+  prompt = 3 * 32 * 4
+  # Parameters, the table and its moments (v, and a scalar or two), the batch.
+  batch = 8 // 8 * (8 + 3 + 3 * 4) * 4
+  assert params + 2 * prompt + batch <= report.arguments
+  assert report.arguments < params + 2 * prompt + batch + 64
+  assert report.fits and report.limit is None  # of a CPU nobody knows
+  # Of the state nothing is copied: it is written over. Some metrics remain.
+  assert report.output < 256
+  assert report.memory >= report.arguments
+
+
+def test_flops_of_scoring_are_those_worked_out_by_hand(reports):
+  embed, heads, mlp, rows, inputs, targets = 32, 4 * 8, 64, 8, 8 + 3, 4
+  table = 2 * rows * inputs * 3 * embed  # the prompt's one-hot product
+
+  def attention(queries, keys):
+    projections = 2 * rows * embed * heads * (2 * queries + 2 * keys)
+    return projections + 2 * 2 * rows * heads * queries * keys
+
+  def feed_forward(tokens):
+    return 3 * 2 * rows * tokens * embed * mlp
+
+  encoder = attention(inputs, inputs) + feed_forward(inputs)
+  decoder = attention(targets, targets) + attention(targets, inputs)
+  decoder += feed_forward(targets)
+  logits = 2 * rows * targets * embed * 256
+  assert reports['score'].flops == table + encoder + decoder + logits
+  # Back through the same products, to inputs alone: the weights are frozen.
+  ratio = reports['train'].flops / reports['score'].flops
+  assert 1.9 < ratio < 2.3
+
+
+def test_a_report_is_written_and_can_be_read(tmp_path):
+  said = []
+  compiled(steps=('score',), report_file=tmp_path / 'a/b.json', say=said.append)
+  (row,) = json.loads((tmp_path / 'a/b.json').read_text())
+  assert row['step'] == 'score' and row['fits']
+  assert row['mesh'] == {'data': 8, 'fsdp': 1, 'model': 1}
+  assert said[0].startswith('score on 8 x cpu, mesh data 8')
+
+
+def test_what_runs_is_what_was_compiled():
+  """The loop's step for the same settings is the program reported here."""
+  from prompt_tuning.training import loop
+
+  program = compilation.Program(
+    EncoderDecoderModel(CONFIG),
+    Prompt(3),
+    sizing.Workload(CONFIG, 8, 11, 4),
+    __import__('optax').sgd,
+    0.1,
+    sizing.Partitioner(),
+  )
+  layout, _ = program.partitioner.layout(program.workload)
+  step, (state, frozen, batch) = program._train(layout)
+  made = jax.tree.map(
+    lambda leaf: jax.device_put(
+      jax.numpy.ones(leaf.shape, leaf.dtype), leaf.sharding
+    ),
+    (state, frozen, batch),
+  )
+  new, metrics = step(*made)
+  assert metrics['loss'].sharding.is_fully_replicated
+  assert new.trainable['prompt']['table'].shape == (1, 3, 32)
+  shardings = loop.state_shardings(layout, state)
+  assert jax.tree.leaves(shardings)[0].is_fully_replicated
+
+
+def test_adam_of_a_trained_model_is_split_as_its_parameters():
+  """Moments of a parameter's shape go where it is; factored ones stay whole."""
+  import optax
+
+  from prompt_tuning.training import loop
+  from prompt_tuning.training import optimizers
+  from prompt_tuning.training import partitioning
+  from prompt_tuning.training.train_state import TrainState
+
+  layout = partitioning.Layout(partitioning.make_mesh(1, 2, 4))
+  shapes = {'params': network.parameter_shapes(CONFIG)}
+  for optimizer, moments in (
+    (optax.adam(1e-3), 'mu'),
+    (optimizers.adafactor(1e-3), 'v_row'),
+  ):
+    state = jax.eval_shape(
+      lambda tree, tx=optimizer: TrainState.create(tree, tx), shapes
+    )
+    shardings = loop.state_shardings(layout, state)
+    found = [
+      sharding
+      for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+      if moments in jax.tree_util.keystr(path)
+      and 'wi_0' in jax.tree_util.keystr(path)
+    ]
+    if moments == 'mu':
+      assert {s.spec for s in found} == {
+        jax.sharding.PartitionSpec('fsdp', 'model')
+      }
+    else:
+      assert all(s.is_fully_replicated for s in found)
+    kernel = shardings.trainable['params']['encoder']['layers_0']['mlp']
+    assert not kernel['wi_0']['kernel'].is_fully_replicated
+
+
+class Small(compilation.Program):
+  """Stands in for a compiler with `LIMIT` bytes a device."""
+
+  LIMIT = 0
+
+  def compile(self, step, devices):
+    report = super().compile(step, devices)
+    fits = report.memory <= self.LIMIT
+    return compilation.dataclasses.replace(report, fits=fits, limit=self.LIMIT)
+
+
+def test_what_does_not_fit_comes_with_a_setting_that_does(monkeypatch):
+  config = network.T5Config(256, 32, 4, 8, 64, 4, 4, scan_layers=True)
+  lengths = {'inputs': 64, 'targets': 4}
+  settings = {'steps': ('train',), 'task_feature_lengths': lengths}
+  (roomy,) = compiled(config, **settings)
+  (tight,) = compiled(
+    compilation.dataclasses.replace(config, remat_policy='full'), **settings
+  )
+  assert tight.memory < roomy.memory
+  monkeypatch.setattr(compilation, 'Program', Small)
+  monkeypatch.setattr(Small, 'LIMIT', (tight.memory + roomy.memory) // 2)
+  with pytest.raises(UserError) as caught:
+    compiled(config, **settings)
+  said = str(caught.value)
+  assert 'the train step does not fit' in said
+  assert 'T5Config.remat_policy=' in said and 'makes it fit' in said
+  assert '(compiled)' in said
+  monkeypatch.setattr(Small, 'LIMIT', 1000)
+  with pytest.raises(UserError, match='take a larger slice'):
+    compiled(config, **settings)
+
+
+@pytest.mark.parametrize(
+  ('topology', 'message'),
+  [
+    ('v5e', 'is not a TPU generation and its chips'),
+    ('h100', 'is not a GPU and how many'),
+    ('h100:2x', 'is not a GPU and how many'),
+  ],
+)
+def test_a_topology_that_cannot_be_read_is_refused(topology, message):
+  with pytest.raises(UserError, match=message):
+    compilation.topology_devices(topology)
+
+
+def test_an_unknown_step_is_refused():
+  with pytest.raises(UserError, match="steps has 'trian'"):
+    compiled(steps=('trian',))
+
+
+def test_without_its_compiler_a_topology_is_one_line():
+  if importlib.util.find_spec('libtpu'):
+    pytest.skip('libtpu is installed here')
+  with pytest.raises(UserError, match=r'pip install "prompt_tuning\[tpu\]"'):
+    compilation.topology_devices('v5e:2x2')
+
+
+# For TPUs that are not here.
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason='libtpu is not installed: pip install "prompt_tuning[tpu]"',
+)
+
+
+def on_tpu(tmp_path, size, topology, *bindings):
+  """(report, exit code, what was said) of `prompt-tuning compile`."""
+  path = tmp_path / 'report.json'
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'prompt_tuning.compile'),
+      f'--gin_file=models/t5_1_1_{size}.gin',
+      '--gin_file=runs/compile.gin',
+      f"--gin.TOPOLOGY='{topology}'",
+      "--gin.compile_steps.steps=('train',)",
+      f"--gin.compile_steps.report_file='{path}'",
+      *bindings,
+    ],
+    env=os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+  )
+  assert path.exists(), done.stderr[-2000:]
+  return json.loads(path.read_text())[0], done.returncode, done.stderr
+
+
+@needs_libtpu
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v4:2x2x1'])
+def test_t5_small_fits_four_chips_and_sends_its_prompts_gradient(
+  tmp_path, topology
+):
+  report, code, _ = on_tpu(tmp_path, 'small', topology)
+  assert code == 0 and report['fits']
+  assert report['mesh'] == {'data': 4, 'fsdp': 1, 'model': 1}
+  assert report['memory'] < 2 * sizing.GIB
+  # 100 x 512 floats and six metrics, in one all-reduce or two.
+  (kind, (count, size)), *none = report['collectives'].items()
+  assert kind == 'all-reduce' and count <= 2 and not none
+  assert size == 100 * 512 * 4 + 6 * 4
+
+
+@needs_libtpu
+def test_xxl_fits_the_papers_slice_split_in_two(tmp_path):
+  """16 chips of v3 (32 cores of 16 GiB), on which the paper tuned XXL."""
+  report, code, _ = on_tpu(tmp_path, 'xxl', 'v3:4x4')
+  assert code == 0 and report['fits']
+  assert report['mesh'] == {'data': 16, 'fsdp': 1, 'model': 2}
+  weights = 2 * 11_135_332_352 / 2 / sizing.GIB
+  memory = report['memory'] / sizing.GIB
+  assert weights < memory < 14
+  # No second copy of the weights in the order of the scan.
+  assert report['temporaries'] < 0.4 * report['arguments']
+  count, size = report['collectives']['all-reduce']
+  # Two sums a layer of the encoder, three of the decoder, each way; the
+  # decoder's layers hand what they looked at back; rows of tokens; prompt.
+  encoder, decoder = 2 * 612 * 4096 * 2, 2 * 16 * 4096 * 2
+  layers = 24 * (2 * 2 * encoder + encoder + 2 * 3 * decoder) + encoder
+  assert size == pytest.approx(layers, rel=0.05)
+  assert count < 24 * 12
+
+
+@needs_libtpu
+def test_xxl_on_four_small_chips_is_told_what_makes_it_fit(tmp_path):
+  # Copies of the model do not fit 16 GiB; halves and quarters do.
+  report, code, said = on_tpu(
+    tmp_path,
+    'xxl',
+    'v5e:2x2',
+    '--gin.Partitioner.data=4',
+    "--gin.T5Config.remat_policy='none'",
+  )
+  assert code == 1 and not report['fits']
+  assert report['memory'] > report['limit']
+  last = said.strip().splitlines()[-1]
+  assert last.startswith('error: the train step does not fit v5e:2x2: it needs')
+  assert 'no Partitioner bindings' in last and 'makes it fit' in last

@@ -1,0 +1,276 @@
+"""Jobs over several processes, on this machine: the same command, with who is
+who. Every process has some of the virtual CPU devices."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning.errors import UserError
+from prompt_tuning.interop.base_checkpoints import save_base
+from prompt_tuning.models import model as model_lib
+from prompt_tuning.models import network
+from prompt_tuning.training import hosts
+
+STEPS = 12
+CONFIG = network.T5Config(256, 16, 2, 8, 32, 1, 1)
+GIN = """
+train.model = @EncoderDecoderModel()
+EncoderDecoderModel.config = @T5Config()
+T5Config.vocab_size = 256
+T5Config.emb_dim = 16
+T5Config.num_heads = 2
+T5Config.head_dim = 8
+T5Config.mlp_dim = 32
+T5Config.num_encoder_layers = 1
+T5Config.num_decoder_layers = 1
+train.model_dir = %MODEL_DIR
+train.base = @load_checkpoint()
+load_checkpoint.path = 'base'
+train.prompt = @Prompt()
+Prompt.length = 3
+train.optimizer = @adafactor
+adafactor.multiply_by_parameter_scale = False
+train.train_steps_relative = 12
+train.data = @TaskData()
+TaskData.mixture_or_task_name = @classification_task()
+TaskData.vocabulary = 'tiny.model'
+TaskData.task_feature_lengths = {'inputs': 8, 'targets': 8}
+TaskData.batch_size = 8
+train.evaluation = @Evaluation()
+Evaluation.mixture_or_task_name = @classification_task()
+Evaluation.vocabulary = 'tiny.model'
+Evaluation.task_feature_lengths = {'inputs': 8, 'targets': 8}
+Evaluation.batch_size = 4
+Evaluation.rank_classification = True
+classification_task.name = 'reviews'
+classification_task.splits = {'train': 'train.jsonl', 'validation': 'dev.jsonl'}
+classification_task.labels = ('bad', 'good')
+classification_task.template = '{text}'
+train.eval_period = 6
+train.checkpoint_period = 3
+train.keep_checkpoints = 9
+train.log_period = 1
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, tiny_vocabulary):
+  """A base, a task of 21 training and 5 validation examples, a gin file."""
+  folder = tmp_path_factory.mktemp('job')
+  model = model_lib.EncoderDecoderModel(CONFIG)
+  params = jax.jit(model.init_params)(jax.random.key(0))
+  save_base(folder / 'base', params, 40)
+  os.link(tiny_vocabulary, folder / 'tiny.model')
+  words = 'film was good bad fine dull bright music sport review'.split()
+  for name, count in (('train', 21), ('dev', 5)):
+    rows = [
+      {
+        'text': ' '.join(words[(i * k + k) % 10] for k in range(1, 5)),
+        'label': ('bad', 'good')[i % 2],
+      }
+      for i in range(count)
+    ]
+    text = '\n'.join(json.dumps(row) for row in rows)
+    (folder / f'{name}.jsonl').write_text(text)
+  (folder / 'run.gin').write_text(GIN)
+  return folder
+
+
+def start(folder, model_dir, processes, devices, *bindings):
+  """The processes of a job that trains."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'PYTHONPATH': os.pathsep.join(sys.path),
+  }
+  command = [sys.executable, '-m', 'prompt_tuning.train', '--gin_file=run.gin']
+  command += [f"--gin.MODEL_DIR='{model_dir}'", *bindings]
+  who = [
+    [
+      f'--coordinator_address={address}',
+      f'--num_processes={processes}',
+      f'--process_id={number}',
+    ]
+    for number in range(processes)
+  ]
+  return [
+    subprocess.Popen(
+      command + (flags if processes > 1 else []),
+      cwd=folder,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for flags in who
+  ]
+
+
+def finish(job, code=0):
+  """The (stdout, stderr) of each process; all must end with `code`."""
+  outputs = []
+  with contextlib.ExitStack() as stack:
+    for process in job:
+      stack.callback(process.kill)
+    for process in job:
+      outputs.append(process.communicate(timeout=240))
+    for process, (_, errors) in zip(job, outputs, strict=True):
+      assert process.returncode == code, errors[-2000:]
+  return outputs
+
+
+def losses(folder):
+  lines = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+  return {
+    line['step']: line['loss'] for line in lines if line['split'] == 'train'
+  }
+
+
+def prompt(folder):
+  return np.load(folder / 'prompt/prompt.npy')
+
+
+@pytest.fixture(scope='module')
+def whole(folder):
+  """The run by two processes with four devices each, uninterrupted."""
+  outputs = finish(start(folder, 'whole', 2, 4))
+  return folder / 'whole', outputs
+
+
+def test_one_process_writes_prompts_metrics_and_results(whole):
+  folder, ((printed, said), (nothing, unsaid)) = whole
+  result = printed.strip().splitlines()[-1]  # after what Gloo prints
+  assert json.loads(result)['step'] == 40 + STEPS
+  assert '8 device(s), 2 process(es)' in said
+  assert 'mesh data 8 x fsdp 1 x model 1' in said
+  assert '{' not in nothing and 'step' not in unsaid
+  assert list(losses(folder)) == list(range(41, 41 + STEPS))
+  # Five examples by two batches of four: nothing of what fills the last one.
+  lines = (folder / 'eval/inference/reviews-52.jsonl').read_text().splitlines()
+  assert len(lines) == 5
+  assert prompt(folder).shape == (3, 16)
+
+
+@pytest.mark.parametrize(
+  ('processes', 'devices', 'mesh'),
+  [
+    (1, 8, 'data 8 x fsdp 1 x model 1'),
+    (1, 1, 'data 1 x fsdp 1 x model 1'),
+    # The halves of a model are in two processes: both read the same rows.
+    (2, 1, 'data 1 x fsdp 1 x model 2'),
+  ],
+)
+def test_the_number_of_processes_and_devices_changes_rounding_alone(
+  folder, whole, processes, devices, mesh
+):
+  expected, _ = whole
+  name = f'by_{processes}_{devices}'
+  # Two parts of the data, as two processes read by themselves.
+  bindings = ['--gin.TaskData.num_shards=2']
+  if 'model 2' in mesh:
+    bindings.append('--gin.Partitioner.num_partitions=2')
+    bindings.append('--gin.train.partitioner=@Partitioner()')
+  outputs = finish(start(folder, name, processes, devices, *bindings))
+  assert f'mesh {mesh}' in outputs[0][1]
+  # Sums over examples, or over heads, in another order: some 1e-7 of a float32
+  # each, and Adafactor, which divides by the gradient's size, hands that on.
+  found, wanted = losses(folder / name), losses(expected)
+  assert found.keys() == wanted.keys()
+  for step, loss in wanted.items():
+    assert found[step] == pytest.approx(loss, rel=1e-5), step
+  np.testing.assert_allclose(prompt(folder / name), prompt(expected), atol=2e-5)
+  for one in (folder / name, expected):
+    assert (one / 'eval/eval_metrics.jsonl').read_text().count('\n') == 2
+
+
+def wait_for(path, job):
+  deadline = time.monotonic() + 120
+  while not path.exists():
+    assert time.monotonic() < deadline
+    assert all(process.poll() is None for process in job)
+    time.sleep(0.05)
+
+
+def test_a_killed_process_ends_the_others_and_the_job_resumes_bit_for_bit(
+  folder, whole
+):
+  job = start(folder, 'killed', 2, 4)
+  wait_for(folder / 'killed/checkpoints/43/manifest.json', job)
+  job[1].kill()
+  began = time.monotonic()
+  _, errors = job[0].communicate(timeout=hosts.HEARTBEAT_TIMEOUT + 60)
+  assert time.monotonic() - began < hosts.HEARTBEAT_TIMEOUT + 30
+  assert job[0].returncode not in (0, None)
+  assert 'the run continues from its last checkpoint' in errors
+  assert 'Traceback' not in errors
+  job[1].communicate()
+  said = finish(start(folder, 'killed', 2, 4))[0][1]
+  assert 'resumed after' in said
+  np.testing.assert_array_equal(prompt(folder / 'killed'), prompt(whole[0]))
+
+
+def test_a_preempted_job_stops_at_one_step_and_goes_on_with_other_devices(
+  folder, whole
+):
+  job = start(folder, 'preempted', 2, 4)
+  wait_for(folder / 'preempted/checkpoints/43/manifest.json', job)
+  job[1].send_signal(signal.SIGTERM)  # One is told; both stop.
+  said = finish(job)[0][1]
+  stopped = int(re.search(r'stopped after (\d+) of 12 steps', said)[1])
+  assert 3 <= stopped < STEPS
+  said = finish(start(folder, 'preempted', 1, 4))[0][1]
+  assert f'resumed after {stopped} steps' in said
+  assert 'mesh data 4' in said
+  np.testing.assert_allclose(
+    prompt(folder / 'preempted'), prompt(whole[0]), atol=2e-5
+  )
+
+
+def test_who_takes_part_is_told_whole_or_not_at_all(monkeypatch):
+  for given, message in (
+    ({'num_processes': 2}, '--coordinator_address, --process_id is missing'),
+    (
+      {
+        'coordinator_address': 'a:1',
+        'num_processes': 2,
+        'process_id': 2,
+      },
+      'not one of 0 to 1',
+    ),
+    (
+      {'coordinator_address': 'a', 'num_processes': 2, 'process_id': 0},
+      'has no port',
+    ),
+  ):
+    with pytest.raises(UserError, match=message):
+      hosts.connect(**given)
+
+
+@pytest.mark.parametrize(
+  ('environment', 'method'),
+  [
+    ({}, None),
+    ({'SLURM_STEP_NODELIST': 'a[1-2]', 'SLURM_NTASKS': '2'}, 'slurm'),
+    ({'SLURM_STEP_NODELIST': 'a1', 'SLURM_NTASKS': '1'}, None),
+    ({'SLURM_NTASKS': '4'}, None),  # of the allocation, not of a step
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, 'ompi'),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, ''),
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, None),
+    ({'MEGASCALE_COORDINATOR_ADDRESS': 'a'}, ''),
+  ],
+)
+def test_the_surroundings_of_a_job_are_recognised(environment, method):
+  assert hosts._surroundings(environment) == method
