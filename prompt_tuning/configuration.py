@@ -343,7 +343,8 @@ def run_main(
     finish: what is left to do with the result; returns what is printed.
 
   Returns:
-    0; 1 for a fault of data, paths or shapes; 2 for one of usage or gin.
+    0; 1 for a fault of data, paths or shapes; 2 for one of usage or gin; 75
+    where another process of the job was lost.
   """
   arguments = sys.argv[1:] if arguments is None else list(arguments)
   if not arguments or {'--help', '-h'} & set(arguments):
@@ -385,6 +386,8 @@ def _run(
   except errors.UserError as error:
     # gin appends lines that name the configurable; ours is the first.
     print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
+    if isinstance(error, errors.LostProcessError):
+      return error.EXIT_CODE
     return 2 if isinstance(error, ConfigurationError) else 1
   except OSError as error:
     print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)

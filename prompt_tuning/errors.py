@@ -8,3 +8,13 @@ class UserError(Exception):
   the names the user typed. The mains print it and exit with code 1; anything
   else that reaches them is a bug of ours and keeps its traceback.
   """
+
+
+class LostProcessError(UserError):
+  """Another process of the job has ended; the same command goes on.
+
+  The mains exit with `EXIT_CODE` ("temporary failure" in sysexits.h), by which
+  a launcher knows that to start all again is worth it.
+  """
+
+  EXIT_CODE = 75

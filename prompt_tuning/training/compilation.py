@@ -385,7 +385,10 @@ def _shaped(leaf, sharding) -> jax.ShapeDtypeStruct:
 
 def _exhausted(message: str) -> tuple[int, int] | None:
   """(bytes needed, bytes there are) of a compiler's out-of-memory message."""
-  found = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', message)
+  size = r'\(?([\d.]+)([KMGT])\)?'
+  found = re.search(rf'Used {size} of {size} hbm', message) or re.search(
+    rf'HLO temporaries {size} exceeds available HBM {size}', message
+  )
   if found is None:
     return None
   units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}

@@ -20,6 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from prompt_tuning.errors import LostProcessError
 from prompt_tuning.errors import UserError
 
 # Seconds without a sign of life after which a process counts as dead; then the
@@ -110,7 +111,7 @@ def _explain_aborts() -> None:
     del number
     message = f'\nerror: {_lost("what was heard of it stands above")}\n'
     os.write(2, message.encode())
-    os._exit(1)
+    os._exit(LostProcessError.EXIT_CODE)
 
   _handlers.append(explain)
   ctypes.CDLL(None).signal(int(signal.SIGABRT), explain)
@@ -253,4 +254,4 @@ def naming_lost_processes():
     if jax.process_count() == 1 or not any(mark in text for mark in _MARKS):
       raise
     reason = str(error).strip().splitlines()[0][:200]
-    raise UserError(_lost(reason)) from error
+    raise LostProcessError(_lost(reason)) from error

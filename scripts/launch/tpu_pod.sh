@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice: makes it if it is not there, installs this clone on
+# every worker, runs the same command on all, and starts over after a preemption.
+#
+#   TPU=my-slice ZONE=us-central2-b TYPE=v4-32 ./scripts/launch/tpu_pod.sh \
+#     --gin_file=models/t5_1_1_xxl.gin ... --gin.MODEL_DIR="'gs://bucket/run'"
+#
+# Arguments are those of `prompt-tuning train`; --dry_run prints the commands.
+# MODEL_DIR must be gs://. Nothing is deleted but a slice that was preempted.
+#   TPU, ZONE, TYPE  name, zone and accelerator type of the slice
+#   VERSION          TPU software version       [tpu-ubuntu2204-base]
+#   SPOT             1 asks for a spot slice
+#   RESTARTS         after a lost slice or worker [20]
+#   EXTRA            pip extra to install       [tpu]
+set -euo pipefail
+: "${TPU:?names the slice}" "${ZONE:?is its zone}" "${TYPE:?such as v4-32}"
+VERSION="${VERSION:-tpu-ubuntu2204-base}"
+RESTARTS="${RESTARTS:-20}"
+cd "$(dirname "$0")/../.."
+
+DRY_RUN=
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --dry_run ]; then
+    DRY_RUN=1
+  else
+    arguments+=("$(printf '%q' "$argument")")
+  fi
+done
+
+run() { # a command, printed instead of run by --dry_run
+  if [ -n "$DRY_RUN" ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+tpu() { run gcloud compute tpus tpu-vm "$1" "$TPU" --zone="$ZONE" "${@:2}"; }
+on_all() { tpu ssh --worker=all --command="$1"; }
+state() {
+  gcloud compute tpus tpu-vm describe "$TPU" --zone="$ZONE" \
+    --format='value(state)' 2> /dev/null || true
+}
+
+install() {
+  local wheels
+  wheels="$(mktemp -d)"
+  run python3 -m pip wheel --quiet --no-deps --wheel-dir="$wheels" .
+  run gcloud compute tpus tpu-vm scp "$wheels"/*.whl "$TPU:" --zone="$ZONE" \
+    --worker=all
+  on_all "python3 -m pip install --quiet --user uv &&
+    ~/.local/bin/uv venv --quiet --allow-existing --python=3.11 ~/venv &&
+    ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python \
+      \"\$(ls -t ~/prompt_tuning-*.whl | head -n 1)[${EXTRA:-tpu}]\""
+  rm -rf "$wheels"
+}
+
+for ((attempt = 0; ; attempt++)); do
+  now=
+  [ -n "$DRY_RUN" ] || now="$(state)"
+  case "$now" in
+    READY) ;;
+    PREEMPTED | TERMINATED) tpu delete --quiet; now= ;;
+    '') ;;
+    *) echo "tpu_pod.sh: slice $TPU is $now; wait, or delete it" >&2; exit 1 ;;
+  esac
+  if [ -z "$now" ]; then
+    tpu create --accelerator-type="$TYPE" --version="$VERSION" \
+      ${SPOT:+--spot}
+  fi
+  install
+  began=$SECONDS
+  code=0
+  on_all "~/venv/bin/prompt-tuning train ${arguments[*]}" || code=$?
+  if [ "$code" -eq 0 ]; then
+    exit 0
+  fi
+  # What fails at once on a slice that is well will fail again.
+  if [ "$(state)" = READY ] && [ $((SECONDS - began)) -lt 300 ]; then
+    exit "$code"
+  fi
+  [ "$attempt" -lt "$RESTARTS" ] || exit "$code"
+  echo "tpu_pod.sh: the slice is $(state); restart $((attempt + 1)) of" \
+    "$RESTARTS" >&2
+  sleep "${PAUSE:-30}"
+done
