@@ -18,7 +18,6 @@ prompt, checkpoints, metrics and config.gin, the whole configuration.
 """
 
 from collections.abc import Sequence
-import pathlib
 import sys
 from typing import Any
 
@@ -29,9 +28,11 @@ def _finish(result: Any) -> dict[str, Any]:
   """Puts a prompt that was trained into MODEL_DIR/prompt."""
   summary = {'step': result.step, 'best_step': result.best_step}
   if 'prompt' in result.variables and not result.interrupted:
+    from etils import epath
+
     from prompt_tuning.interop.export import export
 
-    model_dir = pathlib.Path(configuration.bound_value('train', 'model_dir'))
+    model_dir = epath.Path(configuration.bound_value('train', 'model_dir'))
     summary['files'] = export(model_dir, model_dir / 'prompt')['files']
   return summary | result.metrics
 

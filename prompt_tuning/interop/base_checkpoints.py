@@ -133,6 +133,11 @@ def save_base(
   Raises:
     UserError: if it cannot be written.
   """
+  if '://' in os.fspath(path):
+    raise UserError(
+      f'a model is written to a folder of this machine, got {path}; copy it'
+      ' there afterwards'
+    )
   file = pathlib.Path(path).expanduser()
   if file.suffix != '.safetensors':
     file = file / SAFETENSORS

@@ -1,9 +1,9 @@
 """What a run trained, as files, and a prompt file into a new run."""
 
 import os
-import pathlib
 from typing import Any
 
+from etils import epath
 import jax.numpy as jnp
 
 from prompt_tuning.errors import UserError
@@ -42,7 +42,7 @@ def export(
   Raises:
     UserError: no such run or checkpoint.
   """
-  folder = pathlib.Path(model_dir).expanduser() / 'checkpoints'
+  folder = epath.Path(model_dir).expanduser() / 'checkpoints'
   checkpoints = Checkpoints(folder, read_only=True)
   newest = checkpoints.latest_step()
   if newest is None:

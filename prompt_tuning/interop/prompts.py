@@ -7,11 +7,14 @@ also says which base model the prompt belongs to. Nothing is ever unpickled.
 
 from collections.abc import Mapping
 import contextlib
+import io
 import math
 import os
 import pathlib
+import tempfile
 from typing import Any
 
+from etils import epath
 import jax
 from jaxtyping import Float
 import numpy as np
@@ -42,7 +45,7 @@ def save_prompt(
   folder: str | os.PathLike,
   table: Float[np.ndarray | jax.Array, '*K P E'],
   metadata: Mapping[str, Any],
-) -> list[pathlib.Path]:
+) -> list[epath.Path]:
   """Writes `prompt.npy` and `prompt.safetensors`.
 
   Args:
@@ -58,7 +61,7 @@ def save_prompt(
   Raises:
     UserError: if the folder cannot be written.
   """
-  folder = pathlib.Path(folder).expanduser()
+  folder = epath.Path(folder).expanduser()
   table = _checked(np.asarray(table), 'the prompt')
   facts = {
     **metadata,
@@ -73,8 +76,9 @@ def save_prompt(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder / NPY) as unfinished:
-      with unfinished.open('wb') as file:
-        np.save(file, array, allow_pickle=False)
+      content = io.BytesIO()
+      np.save(content, array, allow_pickle=False)
+      unfinished.write_bytes(content.getvalue())
     with _replacing(folder / SAFETENSORS) as unfinished:
       unfinished.write_bytes(
         safetensors.numpy.save({'prompt': array}, metadata=facts)
@@ -108,7 +112,11 @@ def load_prompt(
     UserError: there is no such file, or it is damaged, of another shape, or
       not finite.
   """
-  path = pathlib.Path(path).expanduser()
+  path = epath.Path(path).expanduser()
+  if '://' in os.fspath(path):
+    with tempfile.TemporaryDirectory() as folder:
+      if local := _downloaded(path, pathlib.Path(folder)):
+        return load_prompt(local)
   if adapters.is_peft(path):
     array, metadata = adapters.load_peft(path)
     return _checked(array, str(path)), metadata
@@ -139,6 +147,26 @@ def load_prompt(
       f'{path}'
     )
   return _checked(array, str(path)), metadata
+
+
+def _downloaded(path: epath.Path, folder: pathlib.Path) -> pathlib.Path | None:
+  """A copy on this machine of a prompt's file or folder in a bucket."""
+  local = folder / path.name
+  if not path.is_dir():
+    if not path.exists():
+      return None
+    local.write_bytes(path.read_bytes())
+    return local
+  files = [
+    file
+    for file in path.iterdir()
+    if file.suffix in ('.npy', '.safetensors')
+    or file.name.startswith('adapter')
+  ]
+  for file in files:
+    local.mkdir(exist_ok=True)
+    (local / file.name).write_bytes(file.read_bytes())
+  return local if files else None
 
 
 def _is_npy(path: pathlib.Path) -> bool:
@@ -212,11 +240,11 @@ def _checked(array: np.ndarray, source: str) -> np.ndarray:
 class _replacing:
   """A path to write to, which takes the place of `target` at the end."""
 
-  def __init__(self, target: pathlib.Path):
+  def __init__(self, target: epath.Path):
     self._target = target
     self._unfinished = target.with_name(target.name + '.unfinished')
 
-  def __enter__(self) -> pathlib.Path:
+  def __enter__(self) -> epath.Path:
     return self._unfinished
 
   def __exit__(self, kind, error, traceback) -> None:

@@ -262,7 +262,7 @@ class Program:
         workload, trained=(), microbatches=1, num_decodes=self.model.num_decodes
       )
     layout, why = self.partitioner.layout(workload, devices)
-    function, arguments = getattr(self, f'_{step}')(layout)
+    function, arguments = self.build(step, layout)
     device = layout.mesh.devices.flat[0]
     known = {
       'step': step,
@@ -308,6 +308,19 @@ class Program:
       compile_seconds=time.monotonic() - start,
     )
 
+  def build(
+    self, step: str, layout: partitioning.Layout
+  ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A jitted step of `STEPS` and the shapes of its arguments."""
+    if step == 'train':
+      return self._train(layout)
+    variables, batch = self._variables(layout), self._batch(layout)
+    jit = functools.partial(layout.jit, out_shardings=layout.replicated)
+    if step == 'score':
+      return jit(self.model.score_batch), (variables, batch)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    return jit(self.model.predict_batch), (variables, batch, key)
+
   def _train(self, layout: partitioning.Layout):
     tx = optimizers.build_optimizer(self.optimizer, self.learning_rate, 0)
     trained = self.workload.trained
@@ -328,19 +341,6 @@ class Program:
       shardings,
     )
     return step, (state, variables, self._batch(layout))
-
-  def _predict(self, layout: partitioning.Layout):
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    function = layout.jit(
-      self.model.predict_batch, out_shardings=layout.replicated
-    )
-    return function, (self._variables(layout), self._batch(layout), key)
-
-  def _score(self, layout: partitioning.Layout):
-    function = layout.jit(
-      self.model.score_batch, out_shardings=layout.replicated
-    )
-    return function, (self._variables(layout), self._batch(layout))
 
   def _variables(self, layout, trained=()) -> dict[str, Any]:
     shapes = network.parameter_shapes(self.model.config)

@@ -7,10 +7,10 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 from typing import Any
 
 import absl.logging
+from etils import epath
 import jax
 from jaxtyping import Int
 import numpy as np
@@ -100,7 +100,7 @@ class Evaluator:
   ):
     self._evaluation = evaluation
     self._layout = layout or partitioning.single_device()
-    self._output_dir = pathlib.Path(output_dir)
+    self._output_dir = epath.Path(output_dir).expanduser()
     provider = task_data.get_task(
       evaluation.mixture_or_task_name,
       vocabulary=evaluation.vocabulary,
@@ -300,7 +300,7 @@ class Evaluator:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{task.name}-{step}.jsonl'
     part = path.with_suffix('.jsonl.part')
-    with part.open('w', encoding='utf-8') as file:
+    with part.open('w') as file:
       for row in rows:
         file.write(json.dumps(row, ensure_ascii=False) + '\n')
     part.replace(path)
@@ -445,7 +445,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
+def _writing(folder: epath.Path) -> Iterator[None]:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     yield

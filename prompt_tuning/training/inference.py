@@ -16,6 +16,7 @@ import string
 import sys
 from typing import Any, TextIO
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -433,7 +434,7 @@ def evaluate(
     layout=layout,
   )
   evaluator = evaluation.build(model, virtual_tokens, output_dir, layout)
-  folder = pathlib.Path(output_dir)
+  folder = epath.Path(output_dir).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
   if resolved_config is not None and hosts.is_primary():
     (folder / 'config.gin').write_text(resolved_config())
@@ -571,6 +572,8 @@ def _open_input(name: str, stack: contextlib.ExitStack) -> Iterable[str]:
   if name == '-':
     return sys.stdin
   try:
+    if '://' in name:
+      return stack.enter_context(epath.Path(name).open())
     return stack.enter_context(open(name, encoding='utf-8-sig'))
   except OSError as error:
     raise UserError(
@@ -584,13 +587,13 @@ def _output(name: str) -> Iterator[TextIO]:
   if name == '-':
     yield sys.stdout
     return
-  path = pathlib.Path(name)
+  path = epath.Path(name)
   partial = path.with_name(f'{path.name}.partial')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open('w', encoding='utf-8') as file:
+    with partial.open('w') as file:
       yield file
-    os.replace(partial, path)
+    partial.replace(path)
   except OSError as error:
     raise UserError(
       f'output file {name} cannot be written: {error.strerror}'

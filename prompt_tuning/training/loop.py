@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 import queue
 import threading
 import time
 from typing import Any, Protocol, runtime_checkable
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,7 +217,8 @@ def train(
   Args:
     model: network, loss and decoding.
     data: training batches.
-    model_dir: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `eval/`.
+    model_dir: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `eval/`; a
+      folder that all processes share, or gs://.
     base: the frozen (or starting) parameters; None starts from random ones,
       which only makes sense where 'params' is trained.
     prompt: the soft prompt; None trains a T5 without one.
@@ -289,7 +290,7 @@ def train(
   )
   first_step = base.step if base is not None else 0
   last_step = _last_step(first_step, train_steps_relative, train_steps)
-  model_dir = pathlib.Path(model_dir)
+  model_dir = epath.Path(model_dir).expanduser()
   try:
     model_dir.mkdir(parents=True, exist_ok=True)
   except OSError as error:

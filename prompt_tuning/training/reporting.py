@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 import json
+import logging
 import os
-import pathlib
 import sys
 import time
 from typing import TextIO
 
+from etils import epath
 import tensorboardX
 
 from prompt_tuning.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -28,15 +31,17 @@ class MetricsWriter:
     self._silent = silent
     if silent:
       return
-    folder = pathlib.Path(model_dir)
+    folder = epath.Path(model_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     self.path = folder / 'metrics.jsonl'
     if self.path.exists():
       self._drop_after(first_step)
     self._file = self.path.open('a')
-    self._tensorboard = tensorboardX.SummaryWriter(
-      str(folder / 'tensorboard'), purge_step=first_step + 1
-    )
+    self._tensorboard = None
+    if _can_write_events(folder):
+      self._tensorboard = tensorboardX.SummaryWriter(
+        str(folder / 'tensorboard'), purge_step=first_step + 1
+      )
 
   def _drop_after(self, step: int):
     kept = []
@@ -62,6 +67,8 @@ class MetricsWriter:
         f'cannot write {self.path}: {error.strerror}; checkpoints are intact;'
         ' free the disk and start again'
       ) from error
+    if self._tensorboard is None:
+      return
     for name, value in metrics.items():
       tag = name if '/' in name else f'{split}/{name}'
       self._tensorboard.add_scalar(tag, value, step)
@@ -70,7 +77,22 @@ class MetricsWriter:
     if self._silent:
       return
     self._file.close()
-    self._tensorboard.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+
+
+def _can_write_events(folder: epath.Path) -> bool:
+  """TensorBoard's events need a package to go to a bucket; metrics do not."""
+  if '://' not in os.fspath(folder):
+    return True
+  try:
+    import google.cloud.storage  # noqa: F401
+  except ImportError:
+    logger.warning(
+      'no TensorBoard events in %s: pip install google-cloud-storage', folder
+    )
+    return False
+  return True
 
 
 class Progress:

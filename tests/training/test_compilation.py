@@ -4,6 +4,7 @@ The TPU part needs libtpu (`pip install "prompt_tuning[tpu]"`) and is skipped
 without; `.ci/run` runs it in an environment of its own.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 
 import jax
+import optax
 import pytest
 
 from prompt_tuning.errors import UserError
@@ -18,7 +20,11 @@ from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.models.prompt import Prompt
 from prompt_tuning.training import compilation
+from prompt_tuning.training import loop
+from prompt_tuning.training import optimizers
+from prompt_tuning.training import partitioning
 from prompt_tuning.training import sizing
+from prompt_tuning.training.train_state import TrainState
 
 CONFIG = network.T5Config(256, 32, 4, 8, 64, 1, 1)
 LENGTHS = {'inputs': 8, 'targets': 4}
@@ -89,18 +95,16 @@ def test_a_report_is_written_and_can_be_read(tmp_path):
 
 def test_what_runs_is_what_was_compiled():
   """The loop's step for the same settings is the program reported here."""
-  from prompt_tuning.training import loop
-
   program = compilation.Program(
     EncoderDecoderModel(CONFIG),
     Prompt(3),
     sizing.Workload(CONFIG, 8, 11, 4),
-    __import__('optax').sgd,
+    optax.sgd,
     0.1,
     sizing.Partitioner(),
   )
   layout, _ = program.partitioner.layout(program.workload)
-  step, (state, frozen, batch) = program._train(layout)
+  step, (state, frozen, batch) = program.build('train', layout)
   made = jax.tree.map(
     lambda leaf: jax.device_put(
       jax.numpy.ones(leaf.shape, leaf.dtype), leaf.sharding
@@ -116,13 +120,6 @@ def test_what_runs_is_what_was_compiled():
 
 def test_adam_of_a_trained_model_is_split_as_its_parameters():
   """Moments of a parameter's shape go where it is; factored ones stay whole."""
-  import optax
-
-  from prompt_tuning.training import loop
-  from prompt_tuning.training import optimizers
-  from prompt_tuning.training import partitioning
-  from prompt_tuning.training.train_state import TrainState
-
   layout = partitioning.Layout(partitioning.make_mesh(1, 2, 4))
   shapes = {'params': network.parameter_shapes(CONFIG)}
   for optimizer, moments in (
@@ -157,7 +154,7 @@ class Small(compilation.Program):
   def compile(self, step, devices):
     report = super().compile(step, devices)
     fits = report.memory <= self.LIMIT
-    return compilation.dataclasses.replace(report, fits=fits, limit=self.LIMIT)
+    return dataclasses.replace(report, fits=fits, limit=self.LIMIT)
 
 
 def test_what_does_not_fit_comes_with_a_setting_that_does(monkeypatch):
@@ -166,7 +163,7 @@ def test_what_does_not_fit_comes_with_a_setting_that_does(monkeypatch):
   settings = {'steps': ('train',), 'task_feature_lengths': lengths}
   (roomy,) = compiled(config, **settings)
   (tight,) = compiled(
-    compilation.dataclasses.replace(config, remat_policy='full'), **settings
+    dataclasses.replace(config, remat_policy='full'), **settings
   )
   assert tight.memory < roomy.memory
   monkeypatch.setattr(compilation, 'Program', Small)

@@ -35,7 +35,7 @@ def collectives(data, fsdp, model, scan=False):
   )
   report = program.compile('train', None)
   layout, _ = program.partitioner.layout(program.workload)
-  step, arguments = program._train(layout)
+  step, arguments = program.build('train', layout)
   found = hlo.collectives(step.lower(*arguments).compile().as_text())
   assert report.collectives == hlo.by_kind(found)
   return found, sizing.Workload(config, B, T, L)
