@@ -374,7 +374,7 @@ def _run(
       hosts.connect(**flags.job)
     elif flags.job:
       raise ConfigurationError(
-        f'--{next(iter(flags.job))} is for jobs of {", ".join(_OVER_PROCESSES)}'
+        f'--{next(iter(flags.job))} is for jobs of train, eval and infer'
       )
     call = configure(function, flags)
     settings = {}

@@ -1,6 +1,6 @@
 """Every command of the README runs, and its example in Python."""
 
-import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -51,10 +51,16 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     words = shlex.split(command.replace(*FEW))
     if command.startswith(('echo', 'printf')):
       subprocess.run(command, shell=True, check=True)
+    elif '--dry_run' in words:
+      subprocess.run(command, shell=True, check=True, cwd=REPOSITORY)
     elif words and words[0] == 'prompt-tuning':
       # A file of two examples is no sample of itself.
       if words[1] in ('train', 'eval') and 'bbc' in command:
         words.append(SMALL_EVALUATION)
+      if words[1] == 'compile' and not importlib.util.find_spec('libtpu'):
+        # test_compilation.py has it, where there is a TPU compiler.
+        words = [word for word in words if 'TOPOLOGY' not in word]
+        words = [word.replace('_xxl', '_mini') for word in words]
       assert cli.main(words[1:]) == 0, command
       ran.append(words[1])
     elif words[:2] == ['python', '-m']:
@@ -62,7 +68,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
   assert ran == [
     *('train', 'eval', 'infer', 'export', 'train'),
     *['convert'] * 4,
-    *('inspect', 'diff'),
+    *('inspect', 'diff', 'compile'),
   ]
   for path in (
     'runs/bbc/prompt/prompt.npy',

@@ -491,6 +491,14 @@ def compile_steps(
   for step in steps:
     if step not in STEPS:
       raise UserError(f'steps has {step!r}; it takes {", ".join(STEPS)}')
+  if report_file is not None:
+    report_file = pathlib.Path(report_file)
+    try:
+      report_file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(
+        f'report_file {report_file} cannot be written: {error.strerror}'
+      ) from error
   lengths = {'inputs': 512, 'targets': 16} | dict(task_feature_lengths or {})
   devices = None
   if topology is not None:
@@ -520,9 +528,7 @@ def compile_steps(
       dataclasses.asdict(one) | {'topology': topology, 'seconds': one.seconds}
       for one in reports
     ]
-    path = pathlib.Path(report_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + '\n')
+    report_file.write_text(json.dumps(rows, indent=1) + '\n')
   unfit = [one for one in reports if not one.fits]
   if unfit:
     raise UserError(_advice(program, unfit[0], devices, topology, advise))

@@ -79,6 +79,11 @@ def connect(
     if method is None:
       return
     settings['cluster_detection_method'] = method or None
+  unreached = (
+    'this process could not join its job: {}; are all of them running and can'
+    ' they reach process 0? --num_processes=1 works alone'
+  )
+  _explain_aborts(unreached.format(f'none came in {_JOIN_TIMEOUT} s'))
   try:
     # Collectives of two CPU programs that run at once would meet each other's.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
@@ -89,17 +94,14 @@ def connect(
     )
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
-    raise UserError(
-      f'this process could not join its job: {reason}; are all of them running'
-      ' and can they reach process 0? --num_processes=1 works alone'
-    ) from error
-  _explain_aborts()
+    raise UserError(unreached.format(reason)) from error
+  _explain_aborts(_lost('what was heard of it stands above'))
 
 
 _handlers = []  # What C calls must not be collected.
 
 
-def _explain_aborts() -> None:
+def _explain_aborts(words: str) -> None:
   """Lets a process that XLA aborts say in a last line why and what to do.
 
   Where a member of the job is gone, JAX's client and Gloo abort the process
@@ -109,8 +111,7 @@ def _explain_aborts() -> None:
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def explain(number):
     del number
-    message = f'\nerror: {_lost("what was heard of it stands above")}\n'
-    os.write(2, message.encode())
+    os.write(2, f'\nerror: {words}\n'.encode())
     os._exit(LostProcessError.EXIT_CODE)
 
   _handlers.append(explain)

@@ -50,8 +50,9 @@ def train_step(
   if microbatches == 1:
     (_, sums), grads = grad_fn(state.trainable, *whole, rng)
   else:
+    # Part i has every m-th row from i on: each device splits rows of its own.
     parts = jax.tree.map(
-      lambda x: x.reshape(microbatches, -1, *x.shape[1:]), whole
+      lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), whole
     )
 
     def add_part(total, part):

@@ -239,6 +239,24 @@ def test_a_preempted_job_stops_at_one_step_and_goes_on_with_other_devices(
   )
 
 
+def test_a_process_whose_job_never_comes_ends_with_one_last_line():
+  code = (
+    'import sys; from prompt_tuning.training import hosts; '
+    'hosts._JOIN_TIMEOUT = 3; '
+    "hosts.connect('localhost:1', 2, 1)"
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode != 0
+  last = done.stderr.strip().splitlines()[-1]
+  assert 'could not join its job' in last and '--num_processes=1' in last
+
+
 def test_who_takes_part_is_told_whole_or_not_at_all(monkeypatch):
   for given, message in (
     ({'num_processes': 2}, '--coordinator_address, --process_id is missing'),

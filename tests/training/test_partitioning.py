@@ -20,7 +20,7 @@ B, T, L, P, E, LAYERS = 8, 16 + 5, 4, 5, 64, 2
 METRICS = 6 * 4  # loss, z-loss, weights, cross entropy, correct, tokens
 
 
-def collectives(data, fsdp, model, scan=False):
+def collectives(data, fsdp, model, scan=False, microbatches=1):
   """Those of a compiled training step on the eight devices of the tests."""
   config = network.T5Config(
     *(256, E, 8, 8, 128, LAYERS, LAYERS), scan_layers=scan
@@ -28,7 +28,7 @@ def collectives(data, fsdp, model, scan=False):
   program = compilation.Program(
     EncoderDecoderModel(config),
     Prompt(P),
-    sizing.Workload(config, B, T, L),
+    sizing.Workload(config, B, T, L, microbatches=microbatches),
     optimizers.adafactor,
     0.3,
     sizing.Partitioner(data, fsdp, model),
@@ -52,6 +52,15 @@ def test_copies_of_the_model_exchange_the_prompts_gradient_alone(scan):
   (only,) = found
   assert only.kind == 'all-reduce' and only.group == 8
   assert only.bytes == P * E * 4 + METRICS
+
+
+def test_microbatches_keep_every_row_on_its_device():
+  found, _ = collectives(4, 1, 2, microbatches=2)
+  prompt = [one for one in found if one.group == 4]
+  # The gradient once for each part, and nothing else between copies.
+  assert [(one.kind, one.bytes, one.count) for one in prompt] == [
+    ('all-reduce', P * E * 4 + METRICS, 2)
+  ]
 
 
 @pytest.mark.parametrize('mesh', [(1, 8, 1), (2, 4, 1)])
