@@ -23,7 +23,9 @@ from prompt_tuning import configuration
 
 def main(arguments: Sequence[str] | None = None) -> int:
   given = sys.argv[1:] if arguments is None else arguments
-  if any('TOPOLOGY' in argument for argument in given):
+  if any(
+    'TOPOLOGY' in argument and 'None' not in argument for argument in given
+  ):
     # The compiler needs no TPU; JAX itself works on this machine's CPU.
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   return configuration.run_main('compile_steps', arguments, __doc__)

@@ -7,6 +7,7 @@ order cannot matter) and handed to gin in sorted order.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -344,19 +345,23 @@ def run_main(
 
   Returns:
     0; 1 for a fault of data, paths or shapes; 2 for one of usage or gin; 75
-    where another process of the job was lost.
+    where the same command goes on: the run was asked to stop, or another
+    process of its job was lost.
   """
   arguments = sys.argv[1:] if arguments is None else list(arguments)
   if not arguments or {'--help', '-h'} & set(arguments):
     print(inspect.cleandoc(description or '') + '\n\n' + _FLAGS_HELP)
     return 0 if arguments else 2
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  code = _run(function, arguments, finish)
-  if code and function in _OVER_PROCESSES:
-    from prompt_tuning.training import hosts
+  if function not in _OVER_PROCESSES:
+    return _run(function, arguments, finish)
+  from prompt_tuning.training import hosts
 
-    hosts.leave(code)
-  return code
+  with hosts.leaving_at_once():
+    code = _run(function, arguments, finish)
+    if code:
+      hosts.leave(code)
+    return code
 
 
 def _run(
@@ -380,13 +385,14 @@ def _run(
     settings = {}
     if 'resolved_config' in _signature(_resolve(function)).parameters:
       settings['resolved_config'] = resolved_config
-    result = call(**settings)
-    if finish is not None:
-      result = finish(result)
+    with _naming_lost_processes(function):
+      result = call(**settings)
+      if finish is not None:
+        result = finish(result)
   except errors.UserError as error:
     # gin appends lines that name the configurable; ours is the first.
     print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
-    if isinstance(error, errors.LostProcessError):
+    if isinstance(error, errors.RestartError):
       return error.EXIT_CODE
     return 2 if isinstance(error, ConfigurationError) else 1
   except OSError as error:
@@ -402,6 +408,14 @@ def _run(
 
 # What can run as several processes, each with its devices.
 _OVER_PROCESSES = ('train', 'evaluate', 'infer')
+
+
+def _naming_lost_processes(function: str) -> contextlib.AbstractContextManager:
+  if function not in _OVER_PROCESSES:
+    return contextlib.nullcontext()
+  from prompt_tuning.training import hosts
+
+  return hosts.naming_lost_processes()
 
 
 def _prints(function: str) -> bool:

@@ -10,11 +10,12 @@ class UserError(Exception):
   """
 
 
-class LostProcessError(UserError):
-  """Another process of the job has ended; the same command goes on.
+class RestartError(UserError):
+  """Nobody's fault: the run is not done, and the same command goes on.
 
-  The mains exit with `EXIT_CODE` ("temporary failure" in sysexits.h), by which
-  a launcher knows that to start all again is worth it.
+  It was asked to stop, or another process of its job has ended. The mains exit
+  with `EXIT_CODE` ("temporary failure" in sysexits.h), by which a launcher
+  knows that to start all again is worth it.
   """
 
   EXIT_CODE = 75

@@ -22,12 +22,18 @@ import sys
 from typing import Any
 
 from prompt_tuning import configuration
+from prompt_tuning.errors import RestartError
 
 
 def _finish(result: Any) -> dict[str, Any]:
   """Puts a prompt that was trained into MODEL_DIR/prompt."""
+  if result.interrupted:
+    raise RestartError(
+      f'asked to stop at step {result.step}, which is saved; the same command'
+      ' continues'
+    )
   summary = {'step': result.step, 'best_step': result.best_step}
-  if 'prompt' in result.variables and not result.interrupted:
+  if 'prompt' in result.variables:
     from etils import epath
 
     from prompt_tuning.interop.export import export

@@ -116,7 +116,11 @@ def load_prompt(
   if '://' in os.fspath(path):
     with tempfile.TemporaryDirectory() as folder:
       if local := _downloaded(path, pathlib.Path(folder)):
-        return load_prompt(local)
+        try:
+          return load_prompt(local)
+        except UserError as error:
+          named = str(error).replace(str(local), str(path))
+          raise UserError(named) from error
   if adapters.is_peft(path):
     array, metadata = adapters.load_peft(path)
     return _checked(array, str(path)), metadata

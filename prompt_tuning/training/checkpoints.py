@@ -145,11 +145,11 @@ class Checkpoints:
       manifest = self._manifest(step)
       if hosts.agree(manifest is None):
         manifest = self._write_arrays(step, state)
-      manifest['extra'] = dict(extra)
-      manifest['metrics'].update(
-        {name: float(value) for name, value in (metrics or {}).items()}
-      )
       if hosts.is_primary():
+        manifest['extra'] = dict(extra)
+        manifest['metrics'].update(
+          {name: float(value) for name, value in (metrics or {}).items()}
+        )
         text = json.dumps(manifest, indent=1, default=_to_json)
         _write_atomically(folder / _MANIFEST, text.encode())
         self._delete_old(step)

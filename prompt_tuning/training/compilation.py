@@ -366,8 +366,7 @@ class Program:
     return variables
 
   def _batch(self, layout) -> dict[str, Any]:
-    parts = layout.batch_shards
-    rows = -(-self.workload.batch_size // parts) * parts
+    rows = layout.padded(self.workload.batch_size)
     lengths = {'encoder_input_tokens': self.workload.inputs_length}
     for name in ('input_tokens', 'target_tokens', 'loss_weights'):
       lengths[f'decoder_{name}'] = self.workload.targets_length
@@ -567,31 +566,34 @@ def _advice(program, report, devices, topology, advise) -> str:
 def _alternatives(program: Program) -> Iterator[tuple[str, Program]]:
   """Settings that need less memory, the cheapest in time first."""
   workload = program.workload
-  found: dict[str, dict[str, Any]] = {}
+  config = workload.config
+  # Each with all that came before it, but for the policy: (flags, changes).
+  half = ('', {})
   if workload.param_dtype == 'float32' and 'params' not in workload.trained:
-    found['train.frozen_dtype="\'bfloat16\'"'] = {'param_dtype': 'bfloat16'}
-  if workload.config.remat_policy == 'none':
-    for scan in sorted({workload.config.scan_layers, True}):
-      for policy in ('minimal', 'full'):
-        config = dataclasses.replace(
-          workload.config, scan_layers=scan, remat_policy=policy
-        )
-        flags = f'--gin.T5Config.remat_policy="\'{policy}\'"'
-        if scan != workload.config.scan_layers:
-          flags += ' --gin.T5Config.scan_layers=True'
-        found[flags] = {'config': config}
-  elif workload.config.remat_policy == 'minimal':
-    config = dataclasses.replace(workload.config, remat_policy='full')
-    found['--gin.T5Config.remat_policy="\'full\'"'] = {'config': config}
-  strongest = list(found.values())[-1] if found else {}
-  saved = ' '.join(list(found)[-1:])
+    half = (
+      '--gin.compile_steps.frozen_dtype="\'bfloat16\'" (of a run:'
+      ' --gin.train.frozen_dtype)',
+      {'param_dtype': 'bfloat16'},
+    )
+  found = [half]
+  policies = {'none': ('minimal', 'full'), 'minimal': ('full',)}
+  for policy in policies.get(config.remat_policy, ()):
+    flags = f'--gin.T5Config.remat_policy="\'{policy}\'"'
+    if not config.scan_layers:
+      flags += ' --gin.T5Config.scan_layers=True'
+    changed = dataclasses.replace(config, remat_policy=policy, scan_layers=True)
+    found.append((f'{half[0]} {flags}', {**half[1], 'config': changed}))
+  strongest = found[-1]
   for parts in (2, 4, 8):
-    if workload.batch_size % (parts * workload.microbatches) == 0:
-      number = parts * workload.microbatches
-      found[f'{saved} --gin.train.microbatches={number}'.strip()] = {
-        **strongest,
-        'microbatches': number,
-      }
+    number = parts * workload.microbatches
+    if workload.batch_size % number == 0:
+      found.append(
+        (
+          f'{strongest[0]} --gin.compile_steps.microbatches={number} (of a run:'
+          ' --gin.train.microbatches)',
+          {**strongest[1], 'microbatches': number},
+        )
+      )
   free = dataclasses.replace(
     program.partitioner,
     data=None,
@@ -602,14 +604,13 @@ def _alternatives(program: Program) -> Iterator[tuple[str, Program]]:
   partitioners = {'': program.partitioner}
   if free != program.partitioner:
     partitioners['no Partitioner bindings'] = free
-    found = {'': {}} | found
   for asked, partitioner in partitioners.items():
-    for flags, changes in found.items():
+    for flags, changes in found:
       changed = dataclasses.replace(workload, **changes)
       if changed == workload and partitioner == program.partitioner:
         continue
       yield (
-        ' and '.join(part for part in (asked, flags) if part),
+        ' and '.join(part for part in (asked, flags.strip()) if part),
         dataclasses.replace(
           program,
           partitioner=partitioner,

@@ -240,8 +240,6 @@ class Evaluator:
     Every batch is split as a training batch is. Each process has all examples
     and puts its rows on its devices; the results come back to all.
     """
-    parts = self._layout.batch_shards
-    rows = -(-self._evaluation.batch_size // parts) * parts
     results = [
       function(
         variables,
@@ -249,7 +247,9 @@ class Evaluator:
         np.int32(number),
         *arguments,
       )
-      for number, batch in enumerate(task.batches(rows))
+      for number, batch in enumerate(
+        task.batches(self._layout.padded(self._evaluation.batch_size))
+      )
     ]
     return jax.tree.map(
       lambda *parts: np.concatenate(parts)[: task.size],

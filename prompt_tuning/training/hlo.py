@@ -61,9 +61,10 @@ class _Instruction:
   computation: str  # that it belongs to
 
   def called(self, *attributes: str) -> list[str]:
-    """Computations named by these attributes."""
-    pattern = rf'(?:{"|".join(attributes)})=\{{?%?([\w.\-]+)'
-    return re.findall(pattern, self.attributes)
+    """Computations named by these attributes, one or several each."""
+    pattern = rf'\b(?:{"|".join(attributes)})=(\{{[^}}]*\}}|%?[\w.\-]+)'
+    found = re.findall(pattern, self.attributes)
+    return [name for part in found for name in re.findall(r'[\w.\-]+', part)]
 
 
 def collectives(text: str) -> list[Collective]:
@@ -155,7 +156,10 @@ class _Program:
     return self._by_name.get((instruction.computation, name))
 
   def loops(self) -> Iterator[tuple[str, int]]:
-    """(computation, runs) of the entry and of all that is not fused."""
+    """(computation, runs) of the entry and of all that is not fused.
+
+    All branches of a conditional count, though one of them runs.
+    """
     waiting = [(self._entry, 1)]
     while waiting:
       name, count = waiting.pop()
@@ -167,7 +171,11 @@ class _Program:
             waiting.append((body, count * trips))
         elif instruction.opcode in ('call', 'conditional', 'async-start'):
           for callee in instruction.called(
-            'to_apply', 'calls', 'true_computation', 'false_computation'
+            'to_apply',
+            'calls',
+            'true_computation',
+            'false_computation',
+            'branch_computations',
           ):
             waiting.append((callee, count))
 

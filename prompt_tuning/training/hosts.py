@@ -14,13 +14,14 @@ import pathlib
 import signal
 import sys
 import threading
+import traceback
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from prompt_tuning.errors import LostProcessError
+from prompt_tuning.errors import RestartError
 from prompt_tuning.errors import UserError
 
 # Seconds without a sign of life after which a process counts as dead; then the
@@ -46,7 +47,8 @@ def connect(
     process_id: from 0 on, this process's.
 
   Raises:
-    UserError: some but not all are given, or the others did not come.
+    UserError: some but not all are given.
+    RestartError: the others did not come.
   """
   given = {
     '--coordinator_address': coordinator_address,
@@ -94,35 +96,38 @@ def connect(
     )
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
-    raise UserError(unreached.format(reason)) from error
-  _explain_aborts(_lost('what was heard of it stands above'))
+    raise RestartError(unreached.format(reason)) from error
+  _explain_aborts(
+    'this process was aborted, see above; where another one of the job was'
+    f' lost, {_AGAIN}'
+  )
 
 
 _handlers = []  # What C calls must not be collected.
 
 
 def _explain_aborts(words: str) -> None:
-  """Lets a process that XLA aborts say in a last line why and what to do.
+  """Has a process that is aborted say these words in a last line.
 
   Where a member of the job is gone, JAX's client and Gloo abort the process
-  from threads of their own, past Python: so this is a handler for C.
+  from threads of their own, past Python: so this is a handler for C. It cannot
+  tell that from another abort; a launcher's count of restarts ends those.
   """
 
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def explain(number):
     del number
     os.write(2, f'\nerror: {words}\n'.encode())
-    os._exit(LostProcessError.EXIT_CODE)
+    os._exit(RestartError.EXIT_CODE)
 
   _handlers.append(explain)
   ctypes.CDLL(None).signal(int(signal.SIGABRT), explain)
 
 
-def _lost(reason: str) -> str:
-  return (
-    f'this process lost another one of its job ({reason}); start all again with'
-    ' the same command: the run continues from its last checkpoint'
-  )
+_AGAIN = (
+  'start all again with the same command: the run continues from its last'
+  ' checkpoint'
+)
 
 
 def _surroundings(environment: Mapping[str, str]) -> str | None:
@@ -193,6 +198,19 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+@contextlib.contextmanager
+def leaving_at_once():
+  """Ends a process of a job with its traceback where it has a bug (see
+  `leave`)."""
+  try:
+    yield
+  except BaseException:
+    if jax.distributed.is_initialized():
+      traceback.print_exc()
+    leave(1)
+    raise
+
+
 class StopSignal:
   """Turns SIGTERM and Ctrl-C into a step at which to stop.
 
@@ -250,9 +268,11 @@ def naming_lost_processes():
   """Makes the end of another process a fault in one line."""
   try:
     yield
-  except RuntimeError as error:
+  except (RuntimeError, ValueError) as error:  # as Gloo has it
     text = str(error).lower()
     if jax.process_count() == 1 or not any(mark in text for mark in _MARKS):
       raise
     reason = str(error).strip().splitlines()[0][:200]
-    raise LostProcessError(_lost(reason)) from error
+    raise RestartError(
+      f'this process lost another one of its job ({reason}); {_AGAIN}'
+    ) from error

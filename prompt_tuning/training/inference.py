@@ -174,9 +174,7 @@ class Predictor:
     while length < longest:
       length *= 2
     length = min(length, self.inputs_length)
-    shards = self.layout.batch_shards
-    rows = -(-self.batch_size // shards) * shards
-    encoded += [[]] * (rows - len(encoded))
+    encoded += [[]] * (self.layout.padded(self.batch_size) - len(encoded))
     return np.stack(
       [
         virtual_tokens_lib.encoder_row(
@@ -372,7 +370,7 @@ def infer(
     )
     # Of a job one process writes; the others only work along.
     output = stack.enter_context(
-      _output(output_file if hosts.is_primary() else os.devnull)
+      _output(output_file) if hosts.is_primary() else open(os.devnull, 'w')
     )
     count = 0
     for record in predictor(itertools.chain([head], texts)):

@@ -333,6 +333,14 @@ def train(
     best_mode=best_mode,
   )
   resumed = checkpoints.latest_step()
+  if hosts.agree(-1 if resumed is None else resumed) != (
+    -1 if resumed is None else resumed
+  ):
+    raise UserError(
+      f'MODEL_DIR {model_dir} is not the same folder for all processes: this'
+      f' one finds its newest checkpoint at step {resumed}; give a folder that'
+      ' all share, or gs://'
+    )
   hosts.wait_for_all('looked for checkpoints')
   if resumed is not None:
     state, extra = checkpoints.restore(resumed, state)
@@ -394,7 +402,6 @@ def train(
   ended = step >= last_step or run.stale(early_stopping_patience)
   with (
     hosts.StopSignal() as stop,
-    hosts.naming_lost_processes(),
     _closing(batches, writer, checkpoints),
   ):
     while not ended and not stop.requested(step):
@@ -736,6 +743,11 @@ class _Validation:
   """Mean loss per token of a few fixed batches."""
 
   def __init__(self, model, data, virtual_tokens, num_batches, layout):
+    if data.batch_size % layout.batch_shards:
+      raise UserError(
+        f'the validation data have batch_size {data.batch_size}, which the'
+        f' {layout.batch_shards} devices that share a batch do not divide'
+      )
     batches = data.batches(
       virtual_tokens=virtual_tokens,
       seed=0,

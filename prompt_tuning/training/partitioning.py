@@ -210,6 +210,10 @@ class Layout:
     """Parts that a batch is split into."""
     return self._size(self.batch.spec[0])
 
+  def padded(self, batch_size: int) -> int:
+    """The next number of rows that can be split."""
+    return -(-batch_size // self.batch_shards) * self.batch_shards
+
   def _size(self, axes: str | Sequence[str] | None) -> int:
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(self.mesh.shape[axis] for axis in axes)

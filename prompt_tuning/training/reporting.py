@@ -36,7 +36,6 @@ class MetricsWriter:
     self.path = folder / 'metrics.jsonl'
     if self.path.exists():
       self._drop_after(first_step)
-    self._file = self.path.open('a')
     self._tensorboard = None
     if _can_write_events(folder):
       self._tensorboard = tensorboardX.SummaryWriter(
@@ -60,8 +59,8 @@ class MetricsWriter:
       return
     line = json.dumps({'step': step, 'split': split, **metrics})
     try:
-      self._file.write(line + '\n')
-      self._file.flush()
+      with self.path.open('a') as file:
+        file.write(line + '\n')
     except OSError as error:
       raise UserError(
         f'cannot write {self.path}: {error.strerror}; checkpoints are intact;'
@@ -74,10 +73,7 @@ class MetricsWriter:
       self._tensorboard.add_scalar(tag, value, step)
 
   def close(self):
-    if self._silent:
-      return
-    self._file.close()
-    if self._tensorboard is not None:
+    if not self._silent and self._tensorboard is not None:
       self._tensorboard.close()
 
 

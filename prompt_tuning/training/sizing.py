@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.models import network
+from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
 
 GIB = 2**30
@@ -42,8 +43,8 @@ class Chip:
 
 # By `device_kind`. A device of v2 and v3 is a core, half a chip.
 CHIPS = {
-  'TPU v2': Chip(8 * GIB, 23e12, 350e9, 124e9),
-  'TPU v3': Chip(16 * GIB, 61.5e12, 450e9, 164e9),
+  'TPU v2': Chip(8 * GIB, 23e12, 350e9, 62e9),
+  'TPU v3': Chip(16 * GIB, 61.5e12, 450e9, 82e9),
   'TPU v4': Chip(32 * GIB, 275e12, 1228e9, 150e9),
   'TPU v5 lite': Chip(16 * GIB, 197e12, 819e9, 100e9),
   'TPU v5': Chip(95 * GIB, 459e12, 2765e9, 300e9),
@@ -67,6 +68,17 @@ def device_memory(device: Any) -> int | None:
     return int(stats['bytes_limit'])
   chip = CHIPS.get(device.device_kind)
   return None if chip is None else int(chip.memory)
+
+
+def _memory_of_job() -> int | None:
+  """`device_memory` of this job's devices, the same in all its processes.
+
+  A device tells its memory to its own process alone.
+  """
+  limit = device_memory(jax.local_devices()[0])
+  # In MiB: what processes agree on travels as 32 bits.
+  agreed = hosts.agree(-1 if limit is None else limit // 2**20)
+  return None if agreed < 0 else agreed * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +175,8 @@ class Workload:
 
     The model axis sums activations, twice a layer of the encoder and three
     times one of the decoder, forwards and backwards; fsdp gathers the weights
-    of every layer, forwards and backwards; what is left is the gradient.
+    of every layer, forwards and backwards, and in decoding those of the decoder
+    for every token; what is left is the gradient.
     """
     config = self.config
     data, fsdp, model = (mesh.shape[axis] for axis in partitioning.MESH_AXES)
@@ -177,16 +190,20 @@ class Workload:
     if self.trained:  # of the gradient of what every decoder layer looks at
       sums += config.num_decoder_layers * rows * self.inputs_length / passes
     moved = passes * sums * config.emb_dim * width * 2 * (model - 1) / model
-    size = sum(
-      math.prod(leaf.shape)
-      for leaf in jax.tree.leaves(network.parameter_shapes(config))
-    )
-    rounds = math.ceil(passes) * self.microbatches
-    moved += rounds * size / model * width * (fsdp - 1) / fsdp
+    shapes = network.parameter_shapes(config)
+    size = _count(shapes)
+    gathered = math.ceil(passes) * self.microbatches * size
+    if not self.trained:
+      gathered += (self.targets_length - 1) * _count(shapes['decoder'])
+    moved += gathered / model * width * (fsdp - 1) / fsdp
     if 'params' in self.trained:
       parts = data * fsdp
       moved += 4 * size / model * 2 * (parts - 1) / parts
     return moved
+
+
+def _count(shapes: Any) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,9 +264,12 @@ class Partitioner:
     Raises:
       UserError: no mesh of these devices does for the batch and the model.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    candidates = list(self._candidates(len(devices), workload))
-    limit = device_memory(devices[0])
+    if devices is None:
+      devices, limit = jax.devices(), _memory_of_job()
+    else:
+      limit = device_memory(devices[0])
+    devices = list(devices)
+    candidates = list(self._candidates(len(devices)))
     layouts, faults = [], []
     for sizes in candidates:
       try:
@@ -294,9 +314,7 @@ class Partitioner:
     named = [f'{name}={size}' for name, size in given.items() if size]
     return ', '.join(named) or 'any sizes'
 
-  def _candidates(
-    self, devices: int, workload: Workload
-  ) -> Iterator[tuple[int, int, int]]:
+  def _candidates(self, devices: int) -> Iterator[tuple[int, int, int]]:
     """All (data, fsdp, model) of that many devices that are as asked."""
     for fsdp in range(1, devices + 1):
       for model in range(1, devices // fsdp + 1):

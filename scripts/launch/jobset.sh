@@ -8,7 +8,8 @@
 #
 # Arguments are those of `prompt-tuning train`; --dry_run prints the manifest. IMAGE
 # has Python 3.11 and prompt_tuning[tpu]. A pod that is lost restarts the whole
-# set, up to RESTARTS times [20]; the run goes on from its last checkpoint.
+# set, up to RESTARTS times [20]; the run goes on from its last checkpoint. A
+# fault of the user's (exit code 1 or 2) does not.
 # HOSTS pods have CHIPS chips each; SERVICE_ACCOUNT may read and write gs://.
 set -euo pipefail
 : "${NAME:?of the job set}" "${IMAGE:?with the package}"
@@ -38,6 +39,9 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: ${RESTARTS:-20}
+    rules:
+    - action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: slice
     replicas: 1
@@ -46,6 +50,13 @@ spec:
         parallelism: $HOSTS
         completions: $HOSTS
         backoffLimit: 0
+        podFailurePolicy:
+          rules:
+          # Faults of the user: to start again would not mend them.
+          - action: FailJob
+            onExitCodes:
+              operator: In
+              values: [1, 2]
         template:
           spec:
             restartPolicy: Never

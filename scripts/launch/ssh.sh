@@ -45,8 +45,10 @@ fi
 for ((attempt = 0; ; attempt++)); do
   processes=()
   for i in "${!hosts[@]}"; do
-    # A terminal there, so that what runs ends with this connection.
-    ssh -tt "${hosts[$i]}" "$(remote "$i")" < /dev/null &
+    # A terminal there, so that what runs ends with this connection; a host
+    # that says nothing for a minute is lost.
+    ssh -tt -o ServerAliveInterval=15 -o ServerAliveCountMax=4 \
+      "${hosts[$i]}" "$(remote "$i")" < /dev/null &
     processes+=($!)
   done
   trap 'kill "${processes[@]}" 2> /dev/null || true' EXIT
@@ -60,7 +62,10 @@ for ((attempt = 0; ; attempt++)); do
       worst=$code
     fi
   done
-  [ "$worst" -ge 75 ] && [ "$attempt" -lt "$RESTARTS" ] || exit "$worst"
+  case "$worst" in # done, the user's fault, or no such command there
+    0 | [1-9] | [1-6][0-9] | 7[0-4] | 126 | 127) exit "$worst" ;;
+  esac
+  [ "$attempt" -lt "$RESTARTS" ] || exit "$worst"
   echo "ssh.sh: a host or process was lost ($worst); restart" \
     "$((attempt + 1)) of $RESTARTS" >&2
   sleep "${PAUSE:-30}"

@@ -16,6 +16,7 @@ set -euo pipefail
 : "${TPU:?names the slice}" "${ZONE:?is its zone}" "${TYPE:?such as v4-32}"
 VERSION="${VERSION:-tpu-ubuntu2204-base}"
 RESTARTS="${RESTARTS:-20}"
+PAUSE="${PAUSE:-30}"
 cd "$(dirname "$0")/../.."
 
 DRY_RUN=
@@ -43,45 +44,44 @@ state() {
     --format='value(state)' 2> /dev/null || true
 }
 
+make() { # the slice, if it is not there
+  local now
+  while true; do
+    now="$([ -n "$DRY_RUN" ] || state)"
+    case "$now" in
+      READY) return ;;
+      '') break ;;
+      PREEMPTED | TERMINATED | STOPPED | FAILED) tpu delete --quiet && break ;;
+      *) echo "tpu_pod.sh: waiting, the slice is $now" >&2; sleep "$PAUSE" ;;
+    esac
+  done
+  tpu create --accelerator-type="$TYPE" --version="$VERSION" ${SPOT:+--spot}
+}
+
 install() {
-  local wheels
+  local wheels code=0
   wheels="$(mktemp -d)"
-  run python3 -m pip wheel --quiet --no-deps --wheel-dir="$wheels" .
-  run gcloud compute tpus tpu-vm scp "$wheels"/*.whl "$TPU:" --zone="$ZONE" \
-    --worker=all
-  on_all "python3 -m pip install --quiet --user uv &&
-    ~/.local/bin/uv venv --quiet --allow-existing --python=3.11 ~/venv &&
-    ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python \
-      \"\$(ls -t ~/prompt_tuning-*.whl | head -n 1)[${EXTRA:-tpu}]\""
+  run python3 -m pip wheel --quiet --no-deps --wheel-dir="$wheels" . &&
+    run gcloud compute tpus tpu-vm scp "$wheels"/*.whl "$TPU:" --zone="$ZONE" \
+      --worker=all &&
+    on_all "python3 -m pip install --quiet --user uv &&
+      ~/.local/bin/uv venv --quiet --allow-existing --python=3.11 ~/venv &&
+      ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python \
+        \"\$(ls -t ~/prompt_tuning-*.whl | head -n 1)[${EXTRA:-tpu}]\"" || code=$?
   rm -rf "$wheels"
+  return "$code"
 }
 
 for ((attempt = 0; ; attempt++)); do
-  now=
-  [ -n "$DRY_RUN" ] || now="$(state)"
-  case "$now" in
-    READY) ;;
-    PREEMPTED | TERMINATED) tpu delete --quiet; now= ;;
-    '') ;;
-    *) echo "tpu_pod.sh: slice $TPU is $now; wait, or delete it" >&2; exit 1 ;;
-  esac
-  if [ -z "$now" ]; then
-    tpu create --accelerator-type="$TYPE" --version="$VERSION" \
-      ${SPOT:+--spot}
-  fi
-  install
-  began=$SECONDS
   code=0
-  on_all "~/venv/bin/prompt-tuning train ${arguments[*]}" || code=$?
-  if [ "$code" -eq 0 ]; then
-    exit 0
-  fi
-  # What fails at once on a slice that is well will fail again.
-  if [ "$(state)" = READY ] && [ $((SECONDS - began)) -lt 300 ]; then
+  trained=
+  { make && install && trained=1 &&
+    on_all "~/venv/bin/prompt-tuning train ${arguments[*]}"; } || code=$?
+  # gcloud hands ssh's code on: 1 and 2 are the user's fault, said above.
+  if [ "$code" -eq 0 ] || [ "$attempt" -ge "$RESTARTS" ] ||
+    { [ -n "$trained" ] && [ "$code" -lt 75 ] && [ "$(state)" = READY ]; }; then
     exit "$code"
   fi
-  [ "$attempt" -lt "$RESTARTS" ] || exit "$code"
-  echo "tpu_pod.sh: the slice is $(state); restart $((attempt + 1)) of" \
-    "$RESTARTS" >&2
-  sleep "${PAUSE:-30}"
+  echo "tpu_pod.sh: exit code $code; restart $((attempt + 1)) of $RESTARTS" >&2
+  sleep "$PAUSE"
 done

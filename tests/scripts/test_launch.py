@@ -1,9 +1,9 @@
 """The launchers: what they would do, and what they do with stand-ins for ssh,
 gcloud, sbatch and kubectl."""
 
-import json
 import os
 import pathlib
+import re
 import shlex
 import stat
 import subprocess
@@ -103,24 +103,49 @@ def test_slurm_starts_a_process_for_each_gpu_and_queues_again():
     '--requeue',
   ):
     assert f'#SBATCH {option}\n' in script
-  (line,) = [line for line in script.splitlines() if line.startswith('srun')]
-  assert seen_by_train(line.removesuffix('&')) == ARGUMENTS
+  command = script.partition('bash "$fault" ')[2].partition(' &\n')[0]
+  assert seen_by_train(command) == ARGUMENTS
 
 
-@pytest.mark.parametrize(('code', 'again'), [(0, 0), (1, 0), (75, 1), (137, 1)])
+# As srun does: a process's own code, but that of a kill where there was one.
+SRUN = """
+while [ "$1" != bash ]; do shift; done
+"$@"
+code=$?
+exit ${{KILLED:-$code}}
+"""
+
+
+@pytest.mark.parametrize(
+  ('code', 'killed', 'restarts', 'again'),
+  [
+    (0, '', 0, 0),
+    (1, '', 0, 0),
+    (1, '137', 0, 0),  # the others were killed because of a user's fault
+    (75, '', 0, 1),
+    (75, '137', 0, 1),
+    (137, '137', 0, 1),
+    (75, '', 50, 0),
+  ],
+)
 def test_a_slurm_job_is_queued_again_for_what_was_lost_alone(
-  tmp_path, code, again
+  tmp_path, code, killed, restarts, again
 ):
-  programs = stand_in(tmp_path / 'bin', 'srun', f'exit {code}')
+  programs = stand_in(tmp_path / 'bin', 'srun', SRUN.format())
+  stand_in(programs, 'prompt-tuning', f'exit {code}')
   stand_in(programs, 'scontrol', f'echo "$@" >> {tmp_path}/queued')
   environment = os.environ | {
     'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}',
     'SLURM_JOB_ID': '7',
+    'SLURM_SUBMIT_DIR': str(tmp_path),
+    'SLURM_RESTART_COUNT': str(restarts),
+    'KILLED': killed,
   }
   done = subprocess.run(
     ['bash'], input=dry_run('slurm.sh'), text=True, env=environment
   )
-  assert done.returncode == code
+  assert done.returncode == int(killed or code)
+  assert not list(tmp_path.glob('.fault*'))
   queued = tmp_path / 'queued'
   assert queued.exists() == bool(again)
   if again:
@@ -129,11 +154,18 @@ def test_a_slurm_job_is_queued_again_for_what_was_lost_alone(
 
 def test_a_slurm_job_near_its_end_saves_and_is_queued_again(tmp_path):
   """USR1 comes before the time is over: the run is told to save."""
+  # SIGTERM to srun itself would kill the processes.
   programs = stand_in(
     tmp_path / 'bin',
     'srun',
-    f'trap "echo saved >> {tmp_path}/log; exit 0" TERM\n'
+    f'echo $$ > {tmp_path}/srun; trap "exit 143" TERM\n'
+    f'trap "echo saved >> {tmp_path}/log; exit 75" USR2\n'
     'kill -USR1 $PPID\nfor i in $(seq 100); do sleep 0.1; done',
+  )
+  stand_in(
+    programs,
+    'scancel',
+    f'[ "$*" = "--signal=TERM 7" ] && kill -USR2 $(cat {tmp_path}/srun)',
   )
   stand_in(programs, 'scontrol', f'echo "$@" >> {tmp_path}/log')
   script = tmp_path / 'job.sh'
@@ -160,6 +192,8 @@ def test_a_job_set_is_a_manifest_with_the_arguments_as_they_were():
   container = pod['containers'][0]
   assert container['command'] == ['prompt-tuning', 'train', *ARGUMENTS]
   assert container['resources']['limits'] == {'google.com/tpu': 4}
+  (rule,) = job['podFailurePolicy']['rules']
+  assert rule['onExitCodes']['values'] == [1, 2]
   assert pod['nodeSelector']['cloud.google.com/gke-tpu-topology'] == '4x4'
 
 
@@ -228,7 +262,7 @@ def test_ssh_restarts_all_where_one_host_is_lost(tmp_path):
   programs = stand_in(
     tmp_path / 'bin',
     'ssh',
-    f'echo "$2" >> {log}\n'
+    f'shift 4; echo "$2" >> {log}\n'
     f'if [ "$2" = b ] && [ "$(grep -c b {log})" -lt 2 ]; then exit 255; fi\n'
     f'if [ "$(grep -c b {log})" -lt 2 ]; then sleep 1; exit 75; fi\n'
     'cd / && eval "${3/prompt-tuning/echo}"',
@@ -244,7 +278,7 @@ def test_ssh_restarts_all_where_one_host_is_lost(tmp_path):
 
 def test_ssh_ends_with_a_fault_of_the_users(tmp_path):
   programs = stand_in(
-    tmp_path / 'bin', 'ssh', '[ "$2" = a ] && exit 75\nexit 2'
+    tmp_path / 'bin', 'ssh', '[ "$6" = a ] && exit 75\nexit 2'
   )
   done = launch('ssh.sh', settings={'HOSTS': 'a b'}, path=programs)
   assert done.returncode == 2
@@ -254,18 +288,18 @@ def test_ssh_ends_with_a_fault_of_the_users(tmp_path):
 def test_ssh_really_runs_two_processes(tmp_path):
   """Two hosts that are both this machine find each other and count devices."""
   code = (
-    'import sys, json, jax; from prompt_tuning import configuration; '
+    'import sys, jax; from prompt_tuning import configuration; '
     'from prompt_tuning.training import hosts; '
     'flags = configuration.parse_flags(sys.argv[2:]); '
     'hosts.connect(**flags.job); '
-    'print(json.dumps([jax.process_index(), jax.device_count()]))'
+    'print([jax.process_index(), jax.device_count()])'
   )
   program = tmp_path / 'program'
   program.write_text(
     f'#!/usr/bin/env bash\n{sys.executable} -c "{code}" "$@"\n'
   )
   program.chmod(0o755)
-  programs = stand_in(tmp_path / 'bin', 'ssh', 'eval "$3"')
+  programs = stand_in(tmp_path / 'bin', 'ssh', 'eval "$7"')
   with_port = {
     'HOSTS': 'localhost localhost',
     'COMMAND': str(program),
@@ -276,9 +310,6 @@ def test_ssh_really_runs_two_processes(tmp_path):
   }
   done = launch('ssh.sh', settings=with_port, path=programs)
   assert done.returncode == 0, done.stderr
-  found = [
-    json.loads(line)
-    for line in done.stdout.splitlines()
-    if line.startswith('[') and 'Gloo' not in line
-  ]
-  assert sorted(found) == [[0, 4], [1, 4]]
+  # Both write to one stream, at once.
+  found = re.findall(r'\[(\d), (\d)\]', done.stdout)
+  assert sorted(found) == [('0', '4'), ('1', '4')]

@@ -21,10 +21,11 @@ from prompt_tuning.training.reporting import MetricsWriter
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
   """Serves gs://bucket from a folder, and gives that folder."""
-  local = type(backend.os_backend)
+  # Where TensorFlow is installed, etils reaches buckets by its gfile.
+  local = type(backend.tf_backend)
 
   class Bucket(local):
-    """Every method of the local file system, on paths of the bucket."""
+    """Every method of that, on paths of the bucket."""
 
     def __getattribute__(self, name):
       method = super().__getattribute__(name)

@@ -1,7 +1,8 @@
-"""Steps compiled for devices that are here, and for TPUs that are not.
+"""Steps compiled for devices that are here, and for some that are not.
 
 The TPU part needs libtpu (`pip install "prompt_tuning[tpu]"`) and is skipped
-without; `.ci/run` runs it in an environment of its own.
+without; `.ci/run` runs it in an environment of its own. So does the GPU part
+need `prompt_tuning[gpu]`, some gigabytes that CI does without.
 """
 
 import dataclasses
@@ -204,15 +205,19 @@ def test_without_its_compiler_a_topology_is_one_line():
     compilation.topology_devices('v5e:2x2')
 
 
-# For TPUs that are not here.
+# For TPUs and GPUs that are not here.
 
+needs_cuda = pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda12_plugin') is None,
+  reason='no GPU compiler is installed: pip install "prompt_tuning[gpu]"',
+)
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
   reason='libtpu is not installed: pip install "prompt_tuning[tpu]"',
 )
 
 
-def on_tpu(tmp_path, size, topology, *bindings):
+def compiled_for(tmp_path, size, topology, *bindings):
   """(report, exit code, what was said) of `prompt-tuning compile`."""
   path = tmp_path / 'report.json'
   done = subprocess.run(
@@ -238,7 +243,7 @@ def on_tpu(tmp_path, size, topology, *bindings):
 def test_t5_small_fits_four_chips_and_sends_its_prompts_gradient(
   tmp_path, topology
 ):
-  report, code, _ = on_tpu(tmp_path, 'small', topology)
+  report, code, _ = compiled_for(tmp_path, 'small', topology)
   assert code == 0 and report['fits']
   assert report['mesh'] == {'data': 4, 'fsdp': 1, 'model': 1}
   assert report['memory'] < 2 * sizing.GIB
@@ -251,7 +256,7 @@ def test_t5_small_fits_four_chips_and_sends_its_prompts_gradient(
 @needs_libtpu
 def test_xxl_fits_the_papers_slice_split_in_two(tmp_path):
   """16 chips of v3 (32 cores of 16 GiB), on which the paper tuned XXL."""
-  report, code, _ = on_tpu(tmp_path, 'xxl', 'v3:4x4')
+  report, code, _ = compiled_for(tmp_path, 'xxl', 'v3:4x4')
   assert code == 0 and report['fits']
   assert report['mesh'] == {'data': 16, 'fsdp': 1, 'model': 2}
   weights = 2 * 11_135_332_352 / 2 / sizing.GIB
@@ -271,7 +276,7 @@ def test_xxl_fits_the_papers_slice_split_in_two(tmp_path):
 @needs_libtpu
 def test_xxl_on_four_small_chips_is_told_what_makes_it_fit(tmp_path):
   # Copies of the model do not fit 16 GiB; halves and quarters do.
-  report, code, said = on_tpu(
+  report, code, said = compiled_for(
     tmp_path,
     'xxl',
     'v5e:2x2',
@@ -283,3 +288,20 @@ def test_xxl_on_four_small_chips_is_told_what_makes_it_fit(tmp_path):
   last = said.strip().splitlines()[-1]
   assert last.startswith('error: the train step does not fit v5e:2x2: it needs')
   assert 'no Partitioner bindings' in last and 'makes it fit' in last
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+  ('settings', 'gibibytes'),
+  [
+    ([], 75),
+    (['--gin.compile_steps.microbatches=4'], 40),
+    (["--gin.T5Config.remat_policy='full'"], 40),
+  ],
+)
+def test_xxl_fits_one_gpu_of_80_gb_in_bfloat16(tmp_path, settings, gibibytes):
+  report, code, _ = compiled_for(tmp_path, 'xxl', 'h100:1', *settings)
+  assert code == 0 and report['fits']
+  weights = 2 * 11_135_332_352 / sizing.GIB
+  assert weights < report['memory'] / sizing.GIB < gibibytes
+  assert not report['collectives']

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from prompt_tuning.errors import RestartError
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop.base_checkpoints import save_base
 from prompt_tuning.models import model as model_lib
@@ -83,11 +85,26 @@ def folder(tmp_path_factory, tiny_vocabulary):
     text = '\n'.join(json.dumps(row) for row in rows)
     (folder / f'{name}.jsonl').write_text(text)
   (folder / 'run.gin').write_text(GIN)
+  model = [line for line in GIN.splitlines() if line.startswith('T5Config')]
+  (folder / 'model.gin').write_text('\n'.join(model))
   return folder
 
 
 def start(folder, model_dir, processes, devices, *bindings):
   """The processes of a job that trains."""
+  return run_main(
+    folder,
+    'train',
+    processes,
+    devices,
+    '--gin_file=run.gin',
+    f"--gin.MODEL_DIR='{model_dir}'",
+    *bindings,
+  )
+
+
+def run_main(folder, main, processes, devices, *arguments):
+  """The processes of a job, each with some virtual devices."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
@@ -96,8 +113,7 @@ def start(folder, model_dir, processes, devices, *bindings):
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
     'PYTHONPATH': os.pathsep.join(sys.path),
   }
-  command = [sys.executable, '-m', 'prompt_tuning.train', '--gin_file=run.gin']
-  command += [f"--gin.MODEL_DIR='{model_dir}'", *bindings]
+  command = [sys.executable, '-m', f'prompt_tuning.{main}', *arguments]
   who = [
     [
       f'--coordinator_address={address}',
@@ -196,6 +212,39 @@ def test_the_number_of_processes_and_devices_changes_rounding_alone(
     assert (one / 'eval/eval_metrics.jsonl').read_text().count('\n') == 2
 
 
+def test_a_job_predicts_as_one_process_does_and_writes_once(folder, whole):
+  (folder / 'texts.txt').write_text('film was good\nbad\nsport\n')
+  scores = []
+  for processes, devices in ((2, 1), (1, 1)):
+    output = folder / f'predicted_{processes}.jsonl'
+    finish(
+      run_main(
+        folder,
+        'infer',
+        processes,
+        devices,
+        '--gin_file=model.gin',
+        '--gin_file=runs/infer.gin',
+        "--gin.INITIAL_CHECKPOINT_PATH='base'",
+        "--gin.VOCABULARY='tiny.model'",
+        "--gin.PROMPT_FILE='whole/prompt'",
+        "--gin.INPUT_FILE='texts.txt'",
+        f"--gin.OUTPUT_FILE='{output}'",
+        "--gin.infer.labels=('bad', 'good')",
+        f'--gin.Partitioner.num_partitions={processes}',
+      )
+    )
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert [line['input'] for line in lines] == [
+      'film was good',
+      'bad',
+      'sport',
+    ]
+    scores.append([list(line['scores'].values()) for line in lines])
+  np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
 def wait_for(path, job):
   deadline = time.monotonic() + 120
   while not path.exists():
@@ -213,7 +262,7 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes_bit_for_bit(
   began = time.monotonic()
   _, errors = job[0].communicate(timeout=hosts.HEARTBEAT_TIMEOUT + 60)
   assert time.monotonic() - began < hosts.HEARTBEAT_TIMEOUT + 30
-  assert job[0].returncode not in (0, None)
+  assert job[0].returncode == RestartError.EXIT_CODE
   assert 'the run continues from its last checkpoint' in errors
   assert 'Traceback' not in errors
   job[1].communicate()
@@ -222,13 +271,63 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes_bit_for_bit(
   np.testing.assert_array_equal(prompt(folder / 'killed'), prompt(whole[0]))
 
 
+@pytest.mark.parametrize('who', [0, 1])
+def test_without_a_peer_a_process_of_one_device_says_so_too(folder, who):
+  name = f'alone_{who}'
+  job = start(folder, name, 2, 1)
+  wait_for(folder / name / 'checkpoints/43/manifest.json', job)
+  job[who].kill()
+  _, errors = job[1 - who].communicate(timeout=hosts.HEARTBEAT_TIMEOUT + 60)
+  assert job[1 - who].returncode == RestartError.EXIT_CODE
+  last = errors.strip().splitlines()[-1]
+  assert last.startswith('error: this process ')
+  assert 'the run continues from its last checkpoint' in last
+  job[who].communicate()
+
+
+def test_a_bug_in_one_process_ends_it_at_once_with_its_traceback(folder):
+  """Python's own exit would wait for the others, five minutes."""
+  code = (
+    'import sys; from prompt_tuning.training import hosts\n'
+    'who = int(sys.argv[2])\n'
+    'with hosts.leaving_at_once():\n'
+    '  hosts.connect(sys.argv[1], 2, who)\n'
+    '  if who: raise KeyError("a bug")\n'
+    '  hosts.wait_for_all("here")\n'
+  )
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  job = [
+    subprocess.Popen(
+      [sys.executable, '-c', code, address, str(number)],
+      env=os.environ
+      | {
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '',
+        'PYTHONPATH': os.pathsep.join(sys.path),
+      },
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  began = time.monotonic()
+  _, errors = job[1].communicate(timeout=120)
+  assert job[1].returncode == 1
+  assert "KeyError: 'a bug'" in errors
+  job[0].communicate(timeout=120)
+  assert job[0].returncode != 0
+  assert time.monotonic() - began < hosts.HEARTBEAT_TIMEOUT + 40
+
+
 def test_a_preempted_job_stops_at_one_step_and_goes_on_with_other_devices(
   folder, whole
 ):
   job = start(folder, 'preempted', 2, 4)
   wait_for(folder / 'preempted/checkpoints/43/manifest.json', job)
   job[1].send_signal(signal.SIGTERM)  # One is told; both stop.
-  said = finish(job)[0][1]
+  said = finish(job, RestartError.EXIT_CODE)[0][1]
   stopped = int(re.search(r'stopped after (\d+) of 12 steps', said)[1])
   assert 3 <= stopped < STEPS
   said = finish(start(folder, 'preempted', 1, 4))[0][1]
@@ -252,7 +351,7 @@ def test_a_process_whose_job_never_comes_ends_with_one_last_line():
     text=True,
     timeout=120,
   )
-  assert done.returncode != 0
+  assert done.returncode == RestartError.EXIT_CODE
   last = done.stderr.strip().splitlines()[-1]
   assert 'could not join its job' in last and '--num_processes=1' in last
 

@@ -169,7 +169,7 @@ def test_every_row_of_a_batch_goes_where_its_device_is():
   assert table.sharding.is_fully_replicated
 
 
-def chips(x, y, z, cores, hosts=None):
+def chips(x, y, z, cores):
   """Stand-ins for the devices of a TPU slice."""
   return [
     types.SimpleNamespace(
