@@ -271,6 +271,7 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes_bit_for_bit(
   np.testing.assert_array_equal(prompt(folder / 'killed'), prompt(whole[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('who', [0, 1])
 def test_without_a_peer_a_process_of_one_device_says_so_too(folder, who):
   name = f'alone_{who}'
@@ -285,6 +286,7 @@ def test_without_a_peer_a_process_of_one_device_says_so_too(folder, who):
   job[who].communicate()
 
 
+@pytest.mark.slow
 def test_a_bug_in_one_process_ends_it_at_once_with_its_traceback(folder):
   """Python's own exit would wait for the others, five minutes."""
   code = (
