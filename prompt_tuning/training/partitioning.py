@@ -111,9 +111,13 @@ def make_mesh(
       within, (slices, 1, 1), devices, allow_split_physical_axes=True
     )
   else:
-    placed = mesh_utils.create_device_mesh(
-      sizes, devices, allow_split_physical_axes=True
-    )
+    try:
+      placed = mesh_utils.create_device_mesh(
+        sizes, devices, allow_split_physical_axes=True
+      )
+    except (NotImplementedError, ValueError):
+      # A shape that JAX finds no good place for works all the same.
+      placed = np.asarray(devices).reshape(sizes)
   return Mesh(placed, MESH_AXES)
 
 
