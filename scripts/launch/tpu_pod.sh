@@ -72,14 +72,21 @@ install() {
   return "$code"
 }
 
+train() {
+  # What gcloud itself ends with says little of several workers.
+  local command="~/venv/bin/prompt-tuning train ${arguments[*]}; code=\$?"
+  on_all "$command; echo \$code > ~/exit_code; exit \$code"
+}
+is_users_fault() { # some worker ended with 1 or 2
+  [ "$(state)" = READY ] && on_all 'cat ~/exit_code' | grep -qx '[12]'
+}
+
 for ((attempt = 0; ; attempt++)); do
   code=0
   trained=
-  { make && install && trained=1 &&
-    on_all "~/venv/bin/prompt-tuning train ${arguments[*]}"; } || code=$?
-  # gcloud hands ssh's code on: 1 and 2 are the user's fault, said above.
+  { make && install && trained=1 && train; } || code=$?
   if [ "$code" -eq 0 ] || [ "$attempt" -ge "$RESTARTS" ] ||
-    { [ -n "$trained" ] && [ "$code" -lt 75 ] && [ "$(state)" = READY ]; }; then
+    { [ -n "$trained" ] && is_users_fault; }; then
     exit "$code"
   fi
   echo "tpu_pod.sh: exit code $code; restart $((attempt + 1)) of $RESTARTS" >&2

@@ -209,7 +209,7 @@ def test_a_tpu_slice_is_made_installed_and_told():
   (option,) = [word for word in commands[-1] if word.startswith('--command=')]
   remote = option.removeprefix('--command=')
   assert remote.startswith('~/venv/bin/prompt-tuning train')
-  assert seen_by_train(remote) == ARGUMENTS
+  assert seen_by_train(remote.partition('; code=')[0]) == ARGUMENTS
   assert '--worker=all' in commands[-1]
 
 
@@ -218,6 +218,7 @@ log={log}
 case "$*" in
   *describe*) cat $log.state 2> /dev/null ;;
   *create*) echo create >> $log; echo READY > $log.state ;;
+  *cat*exit_code*) cat $log.code ;;
   *delete*) echo delete >> $log; rm $log.state ;;
   *train*)
     echo train >> $log
@@ -247,13 +248,27 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tmp_path):
 def test_a_fault_of_the_command_is_not_tried_again(tmp_path):
   log = tmp_path / 'log'
   text = GCLOUD.format(log=log).replace(
-    'echo PREEMPTED > $log.state; exit 255', 'exit 2'
+    'echo PREEMPTED > $log.state; exit 255',
+    'echo 2 > $log.code; exit 1',
   )
   programs = stand_in(tmp_path / 'bin', 'gcloud', text)
   stand_in(programs, 'python3', 'touch "${6#--wheel-dir=}/prompt_tuning-1.whl"')
   done = launch('tpu_pod.sh', *ARGUMENTS, path=programs)
-  assert done.returncode == 2
+  assert done.returncode == 1
   assert log.read_text().split() == ['create', 'train']
+
+
+def test_a_worker_that_was_lost_is_no_fault_of_the_users(tmp_path):
+  log = tmp_path / 'log'
+  text = GCLOUD.format(log=log).replace(
+    'echo PREEMPTED > $log.state; exit 255',
+    'echo 75 > $log.code; exit 1',
+  )
+  programs = stand_in(tmp_path / 'bin', 'gcloud', text)
+  stand_in(programs, 'python3', 'touch "${6#--wheel-dir=}/prompt_tuning-1.whl"')
+  done = launch('tpu_pod.sh', *ARGUMENTS, path=programs)
+  assert done.returncode == 0, done.stderr
+  assert log.read_text().split() == ['create', 'train', 'train']
 
 
 def test_ssh_restarts_all_where_one_host_is_lost(tmp_path):
