@@ -125,7 +125,7 @@ def _tiled(devices: Sequence[jax.Device], submesh: Sequence[int]) -> np.ndarray:
   """Devices [tiles, devices of a tile]; a tile is a block of the machine."""
   where: dict[tuple[int, ...], jax.Device] = {}
   for device in sorted(devices, key=lambda device: device.id):
-    if getattr(device, 'coords', None) is not None:
+    if hasattr(device, 'core_on_chip'):  # of a TPU
       where[*device.coords, device.core_on_chip] = device
     else:
       process = device.process_index
