@@ -152,8 +152,8 @@ class Workload:
       transient += gathered * width * embed * (4 * heads + 1.5 * mlp)
     if not self.trained:
       cached = 2 * width * heads * (inputs + targets) * self.num_decodes
-      # XLA holds several buffers of each: the loop over layers, in the loop over
-      # tokens, hands its caches on.
+      # XLA holds several buffers of each: the loop over layers, inside of that
+      # over tokens, hands its caches on.
       return 2 * transient + 5 * config.num_decoder_layers * cached
     match config.remat_policy:
       case 'full':
