@@ -59,6 +59,8 @@ def test_memory_of_a_step_is_that_of_its_arguments_and_more(reports):
   assert params + 2 * prompt + batch <= report.arguments
   assert report.arguments < params + 2 * prompt + batch + 64
   assert report.fits and report.limit is None  # of a CPU nobody knows
+  # A prompt's gradient and six sums.
+  assert report.collectives == {'all-reduce': (1, prompt + 6 * 4)}
   # Of the state nothing is copied: it is written over. Some metrics remain.
   assert report.output < 256
   assert report.memory >= report.arguments
@@ -159,7 +161,7 @@ class Small(compilation.Program):
 
 
 def test_what_does_not_fit_comes_with_a_setting_that_does(monkeypatch):
-  config = network.T5Config(256, 32, 4, 8, 64, 4, 4, scan_layers=True)
+  config = network.T5Config(256, 32, 4, 8, 64, 2, 2, scan_layers=True)
   lengths = {'inputs': 64, 'targets': 4}
   settings = {'steps': ('train',), 'task_feature_lengths': lengths}
   (roomy,) = compiled(config, **settings)

@@ -183,7 +183,7 @@ def test_one_process_writes_prompts_metrics_and_results(whole):
 @pytest.mark.parametrize(
   ('processes', 'devices', 'mesh'),
   [
-    (1, 8, 'data 8 x fsdp 1 x model 1'),
+    pytest.param(*(1, 8, 'data 8 x fsdp 1 x model 1'), marks=pytest.mark.slow),
     (1, 1, 'data 1 x fsdp 1 x model 1'),
     # The halves of a model are in two processes: both read the same rows.
     (2, 1, 'data 1 x fsdp 1 x model 2'),
@@ -323,6 +323,7 @@ def test_a_bug_in_one_process_ends_it_at_once_with_its_traceback(folder):
   assert time.monotonic() - began < hosts.HEARTBEAT_TIMEOUT + 40
 
 
+@pytest.mark.slow
 def test_a_preempted_job_stops_at_one_step_and_goes_on_with_other_devices(
   folder, whole
 ):

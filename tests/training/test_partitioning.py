@@ -33,11 +33,9 @@ def collectives(data, fsdp, model, scan=False, microbatches=1):
     0.3,
     sizing.Partitioner(data, fsdp, model),
   )
-  report = program.compile('train', None)
   layout, _ = program.partitioner.layout(program.workload)
   step, arguments = program.build('train', layout)
   found = hlo.collectives(step.lower(*arguments).compile().as_text())
-  assert report.collectives == hlo.by_kind(found)
   return found, sizing.Workload(config, B, T, L)
 
 
