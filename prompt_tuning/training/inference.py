@@ -338,22 +338,14 @@ def infer(
     trained = prompt[1] if prompt is not None else {}
     inputs_length = inputs_length or trained.get('inputs_length', 512)
     targets_length = targets_length or trained.get('targets_length', 32)
-    layout, reason = _layout(
-      partitioner,
-      model,
-      prompt,
-      batch_size,
-      inputs_length,
-      targets_length,
-      dtype,
-    )
-    variables, virtual_tokens = load_variables(
+    variables, virtual_tokens, layout, reason = _load(
       model,
       base,
       prompt,
-      dtype=dtype,
-      check_fingerprint=check_fingerprint,
-      layout=layout,
+      partitioner,
+      (batch_size, inputs_length, targets_length),
+      dtype,
+      check_fingerprint,
     )
     predictor = Predictor(
       model,
@@ -414,22 +406,18 @@ def evaluate(
     UserError: base, prompt, task or folder are at fault.
   """
   lengths = getattr(evaluation, 'task_feature_lengths', {})
-  layout, reason = _layout(
-    partitioner,
-    model,
-    prompt,
-    getattr(evaluation, 'batch_size', 32),
-    lengths.get('inputs', 512),
-    lengths.get('targets', 32),
-    dtype,
-  )
-  variables, virtual_tokens = load_variables(
+  variables, virtual_tokens, layout, reason = _load(
     model,
     base,
     prompt,
-    dtype=dtype,
-    check_fingerprint=check_fingerprint,
-    layout=layout,
+    partitioner,
+    (
+      getattr(evaluation, 'batch_size', 32),
+      lengths.get('inputs', 512),
+      lengths.get('targets', 32),
+    ),
+    dtype,
+    check_fingerprint,
   )
   evaluator = evaluation.build(model, virtual_tokens, output_dir, layout)
   folder = epath.Path(output_dir).expanduser()
@@ -443,17 +431,21 @@ def evaluate(
   return evaluator.evaluate(variables, int(step))
 
 
-def _layout(
-  partitioner: sizing.Partitioner | None,
+def _load(
   model: model_lib.EncoderDecoderModel,
+  base: checkpoints.BaseCheckpoint,
   prompt: tuple[Float[np.ndarray, 'K P E'], Mapping[str, Any]] | None,
-  batch_size: int,
-  inputs_length: int,
-  targets_length: int,
+  partitioner: sizing.Partitioner | None,
+  sizes: tuple[int, int, int],
   dtype: str | None,
-) -> tuple[partitioning.Layout, str]:
-  """Where a model goes that only predicts, and why."""
-  return (partitioner or sizing.Partitioner()).layout(
+  check_fingerprint: bool,
+) -> tuple[Any, Any, partitioning.Layout, str]:
+  """`load_variables` for a job's devices: where they are, and why, follows.
+
+  `sizes` are B, the text's length in ids, and the targets'.
+  """
+  batch_size, inputs_length, targets_length = sizes
+  layout, reason = (partitioner or sizing.Partitioner()).layout(
     sizing.Workload(
       config=model.config,
       batch_size=batch_size,
@@ -465,6 +457,15 @@ def _layout(
       num_decodes=model.num_decodes,
     )
   )
+  variables, virtual_tokens = load_variables(
+    model,
+    base,
+    prompt,
+    dtype=dtype,
+    check_fingerprint=check_fingerprint,
+    layout=layout,
+  )
+  return variables, virtual_tokens, layout, reason
 
 
 def _say(reason: str, layout: partitioning.Layout) -> None:

@@ -333,15 +333,14 @@ def train(
     best_mode=best_mode,
   )
   resumed = checkpoints.latest_step()
-  if hosts.agree(-1 if resumed is None else resumed) != (
-    -1 if resumed is None else resumed
-  ):
+  # Nobody goes on, and writes, before all have looked.
+  found = -1 if resumed is None else resumed
+  if hosts.agree(found) != found:
     raise UserError(
       f'MODEL_DIR {model_dir} is not the same folder for all processes: this'
       f' one finds its newest checkpoint at step {resumed}; give a folder that'
       ' all share, or gs://'
     )
-  hosts.wait_for_all('looked for checkpoints')
   if resumed is not None:
     state, extra = checkpoints.restore(resumed, state)
     run = run.resume(extra, model_dir)

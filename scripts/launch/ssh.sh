@@ -19,15 +19,7 @@ PORT="${PORT:-8476}"
 RESTARTS="${RESTARTS:-10}"
 read -ra hosts <<< "$HOSTS"
 
-DRY_RUN=
-arguments=()
-for argument in "$@"; do
-  if [ "$argument" = --dry_run ]; then
-    DRY_RUN=1
-  else
-    arguments+=("$(printf '%q' "$argument")")
-  fi
-done
+source "$(dirname "$0")/../launch_arguments.sh"
 
 remote() { # what host number $1 runs
   echo "cd $FOLDER && $COMMAND train ${arguments[*]}" \

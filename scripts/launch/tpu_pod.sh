@@ -19,15 +19,7 @@ RESTARTS="${RESTARTS:-20}"
 PAUSE="${PAUSE:-30}"
 cd "$(dirname "$0")/../.."
 
-DRY_RUN=
-arguments=()
-for argument in "$@"; do
-  if [ "$argument" = --dry_run ]; then
-    DRY_RUN=1
-  else
-    arguments+=("$(printf '%q' "$argument")")
-  fi
-done
+source scripts/launch_arguments.sh
 
 run() { # a command, printed instead of run by --dry_run
   if [ -n "$DRY_RUN" ]; then

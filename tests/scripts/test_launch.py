@@ -245,30 +245,26 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tmp_path):
   assert 'restart 1 of 20' in done.stderr
 
 
-def test_a_fault_of_the_command_is_not_tried_again(tmp_path):
+@pytest.mark.parametrize(
+  ('worker', 'code', 'done_there'),
+  [
+    (2, 1, ['create', 'train']),  # a fault of the user's: not tried again
+    (75, 0, ['create', 'train', 'train']),  # a worker that was lost
+  ],
+)
+def test_what_a_worker_ends_with_says_whether_to_try_again(
+  tmp_path, worker, code, done_there
+):
   log = tmp_path / 'log'
   text = GCLOUD.format(log=log).replace(
     'echo PREEMPTED > $log.state; exit 255',
-    'echo 2 > $log.code; exit 1',
+    f'echo {worker} > $log.code; exit 1',
   )
   programs = stand_in(tmp_path / 'bin', 'gcloud', text)
   stand_in(programs, 'python3', 'touch "${6#--wheel-dir=}/prompt_tuning-1.whl"')
   done = launch('tpu_pod.sh', *ARGUMENTS, path=programs)
-  assert done.returncode == 1
-  assert log.read_text().split() == ['create', 'train']
-
-
-def test_a_worker_that_was_lost_is_no_fault_of_the_users(tmp_path):
-  log = tmp_path / 'log'
-  text = GCLOUD.format(log=log).replace(
-    'echo PREEMPTED > $log.state; exit 255',
-    'echo 75 > $log.code; exit 1',
-  )
-  programs = stand_in(tmp_path / 'bin', 'gcloud', text)
-  stand_in(programs, 'python3', 'touch "${6#--wheel-dir=}/prompt_tuning-1.whl"')
-  done = launch('tpu_pod.sh', *ARGUMENTS, path=programs)
-  assert done.returncode == 0, done.stderr
-  assert log.read_text().split() == ['create', 'train', 'train']
+  assert done.returncode == code, done.stderr
+  assert log.read_text().split() == done_there
 
 
 def test_ssh_restarts_all_where_one_host_is_lost(tmp_path):
