@@ -42,14 +42,15 @@ setuptools.setup(
   + sorted(CONFIGS),
   package_dir=CONFIGS,
   package_data={
-    'prompt_tuning': ['bundled/**'],
+    'prompt_tuning': ['bundled/**', '*/README.md'],
     **{name: ['*.gin'] for name in CONFIGS},
   },
   install_requires=[
-    'jax>=0.6',
-    'flax>=0.10.6',
-    'optax>=0.2.4',
-    'orbax-checkpoint>=0.11.10',
+    # From the lowest versions that were tried to the next that may break.
+    'jax>=0.10,<0.13',
+    'flax>=0.12.8,<0.13',
+    'optax>=0.2.8,<0.3',
+    'orbax-checkpoint>=0.12.8,<0.13',
     'tensorstore>=0.1.60',
     'seqio>=0.0.19',
     'tensorflow-datasets>=4.9',

@@ -1,15 +1,27 @@
-"""The console command: `prompt-tuning train | eval | infer | export | ...`."""
+"""The console command: `prompt-tuning train | eval | infer | export | ...`.
 
-from collections.abc import Sequence
-import difflib
-import importlib
+`python -m prompt_tuning` is the same.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
 import sys
+from typing import Any
 
 import prompt_tuning
+from prompt_tuning import configuration
+from prompt_tuning import errors
+from prompt_tuning import gin_files
+from prompt_tuning.gin_files import ConfigurationError
 
 COMMANDS = {
-  'train': 'train a prompt on a frozen T5, or the T5 itself',
-  'eval': "score a prompt on a task's metrics",
+  'train': 'train a prompt on a frozen T5, another method, or the T5 itself',
+  'eval': "score a run, a prompt or a plain T5 on a task's metrics",
   'infer': 'predict for the texts of a file',
   'export': 'write what a run trained, as files',
   'compile': 'say what a run needs of devices that need not be there',
@@ -19,47 +31,323 @@ COMMANDS = {
 }
 
 
-def _help() -> str:
-  lines = [f'  {name:8}{text}' for name, text in COMMANDS.items()]
-  return '\n'.join(
-    [
-      f'prompt-tuning {prompt_tuning.__version__}: soft prompts on a frozen T5',
-      '',
-      'Usage: prompt-tuning COMMAND --gin_file=FILE ... --gin.NAME=VALUE ...',
-      '       prompt-tuning convert | inspect | diff PATH ...',
-      '',
-      *lines,
-      '',
-      'prompt-tuning COMMAND --help shows an example.',
-    ]
+@dataclasses.dataclass(frozen=True)
+class Configured:
+  """A command that gin configures.
+
+  Attributes:
+    function: what it calls, by its name in gin.
+    own_file: the gin file whose head is the help.
+    takes_run: whether a run's folder is enough; the own file adds the rest.
+    over_processes: whether it can run as several, each with its devices.
+    finish: what is left to do with the result; returns what is printed.
+  """
+
+  function: str
+  own_file: str
+  takes_run: bool = True
+  over_processes: bool = True
+  finish: Callable[[Any], Any] = lambda result: result
+
+
+def _trained(result: Any) -> dict[str, Any]:
+  if result.interrupted:
+    raise errors.RestartError(
+      f'asked to stop at step {result.step}, which is saved; the same command'
+      ' continues'
+    )
+  steps = {'step': result.step, 'best_step': result.best_step}
+  return steps | {'files': result.files} | result.metrics
+
+
+def _inferred(result: dict[str, Any]) -> None:
+  """The summary to stderr: stdout may be the output file."""
+  print(json.dumps(result), file=sys.stderr)
+
+
+CONFIGURED = {
+  'train': Configured('train', 'runs/prompt_tune.gin', False, finish=_trained),
+  'eval': Configured('evaluate', 'runs/eval.gin'),
+  'infer': Configured('infer', 'runs/infer.gin', finish=_inferred),
+  'export': Configured('export', 'runs/export.gin', over_processes=False),
+  'compile': Configured(
+    'compile_steps', 'runs/compile.gin', takes_run=False, over_processes=False
+  ),
+}
+
+_HELP = """\
+prompt-tuning {}: soft prompts on a frozen T5
+
+Usage: prompt-tuning COMMAND FILE ... NAME=VALUE ...
+       prompt-tuning convert | inspect | diff PATH ...
+
+{}
+
+prompt-tuning COMMAND --help shows an example."""
+_JOB_FLAGS = ('--coordinator_address', '--num_processes', '--process_id')
+_FLAGS = ('--gin_file', '--gin_search_paths', '--allow_import', *_JOB_FLAGS)
+_FLAGS_HELP = """\
+Words and flags:
+  FILE              a gin file, with or without .gin: from here, the search
+                    paths or the package's configs; in any order
+  NAME=VALUE        binds a macro or a parameter, over all files; what is no
+                    number, list and so on is a text; @ and % are gin's
+  RUN               for eval, infer, export: the folder of a run (MODEL_DIR)
+  --gin_file=FILE --gin.NAME=VALUE --gin_search_paths=A,B
+                    as in T5X: the value is gin, a text keeps its quotes
+  --allow_import=MODULE
+                    a module that a run's config.gin may import
+  --coordinator_address=HOST:PORT --num_processes=N --process_id=I
+                    of a train, eval or infer over several processes; TPU
+                    pods, Slurm and MPI need none of them
+  --help            this text"""
+
+
+def parse(
+  arguments: Sequence[str], own_file: str = ''
+) -> tuple[gin_files.Request, dict[str, Any]]:
+  """What is asked for, and who is who in a job (`training.hosts.connect`).
+
+  Args:
+    arguments: words and flags.
+    own_file: of a command that takes a run's folder.
+
+  Raises:
+    ConfigurationError: an unknown flag, one that lacks its value, a folder
+      that is no run's.
+  """
+  given: dict[str, list[str]] = {flag: [] for flag in _FLAGS}
+  words: list[str] = []
+  bindings: list[str] = []
+  rest = list(arguments)
+  while rest:
+    word = rest.pop(0)
+    flag, equals, value = word.partition('=')
+    if not word.startswith('--'):
+      (bindings if equals else words).append(word)
+      continue
+    is_binding = flag.startswith('--gin.') and len(flag) > len('--gin.')
+    if not is_binding and flag not in _FLAGS:
+      near = gin_files.nearest(flag, [*_FLAGS, '--help'])
+      raise ConfigurationError(
+        f'{flag} is not a flag{near}; flags are {", ".join(_FLAGS)}, '
+        '--gin.NAME=VALUE, --help, and NAME=VALUE needs none'
+      )
+    if not equals:
+      if not rest or rest[0].startswith('--'):
+        raise ConfigurationError(f'{flag} needs a value: {flag}=...')
+      value = rest.pop(0)
+    if is_binding:
+      bindings.append(f'{flag}={value}')
+    else:
+      given[flag].append(value)
+  paths = tuple(filter(None, ','.join(given['--gin_search_paths']).split(',')))
+  runs = [word for word in words if _is_run(word, own_file, paths)]
+  if len(runs) > 1:
+    raise ConfigurationError(f'one run at a time, got {", ".join(runs)}')
+  job: dict[str, Any] = {}
+  for flag in (flag for flag in _JOB_FLAGS if given[flag]):
+    job[flag[2:]] = value = given[flag][-1]
+    if flag != '--coordinator_address':
+      if not value.isdigit():
+        raise ConfigurationError(f'{flag} must be a whole number, got {value}')
+      job[flag[2:]] = int(value)
+  request = gin_files.Request(
+    files=(*given['--gin_file'], *(word for word in words if word not in runs)),
+    bindings=tuple(bindings),
+    search_paths=paths,
+    run=runs[0].rstrip('/') if runs else '',
+    own_file=own_file,
+    allowed_imports=tuple(given['--allow_import']),
   )
+  return request, job
+
+
+def _is_run(word: str, own_file: str, paths: Sequence[str]) -> bool:
+  """Whether a word is a run's folder; else it is a gin file."""
+  from etils import epath  # a run may be in a bucket
+
+  config = epath.Path(word) / 'config.gin'
+  if own_file and config.exists():
+    return True
+  try:
+    gin_files.find_file(word, paths)
+    return False
+  except ConfigurationError as error:
+    fault = f'{error}'
+    if config.exists():
+      fault = f'{word} is a run, {config} is its gin file'
+    elif own_file and config.parent.is_dir():
+      fault = f'{word} has no config.gin: it is no folder of a run (MODEL_DIR)'
+    elif own_file:
+      fault += "; nor is it a run's folder"
+    raise ConfigurationError(fault) from None
+
+
+def call(name: str, arguments: Sequence[str]) -> Any:
+  """Does what a configured command does; returns what is to be printed.
+
+  Raises:
+    UserError: the arguments, or what they name, are at fault.
+  """
+  command = CONFIGURED[name]
+  request, job = parse(arguments, command.own_file * command.takes_run)
+  lost = contextlib.nullcontext()
+  if command.over_processes:
+    from prompt_tuning.training import hosts
+
+    # Before anything may ask JAX for its devices.
+    hosts.connect(**job)
+    lost = hosts.naming_lost_processes()
+  elif job:
+    raise ConfigurationError(
+      f'--{next(iter(job))} is for jobs of train, eval and infer'
+    )
+  function = configuration.configure(command.function, request)
+  with lost:
+    result = command.finish(function())
+  # Of a job, one process prints.
+  return result if not command.over_processes or hosts.is_primary() else None
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+  """The exit code of a command that gin configures, its result printed."""
+  try:
+    result = call(name, arguments)
+  except (errors.UserError, OSError) as error:
+    # gin appends lines that name the configurable; ours is the first.
+    print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
+    code = 2 if isinstance(error, ConfigurationError) else 1
+    return getattr(error, 'EXIT_CODE', code)
+  except KeyboardInterrupt:
+    print('error: interrupted', file=sys.stderr)
+    return 130
+  if isinstance(result, dict):
+    print(json.dumps(result, default=float))
+  return 0
+
+
+def _configured(name: str, arguments: Sequence[str]) -> int:
+  if not arguments or {'--help', '-h'} & set(arguments):
+    file = gin_files.find_file(CONFIGURED[name].own_file)
+    head = file.read_text().split('\n\n')[0]
+    print(head.replace('\n#', '\n').replace('\n ', '\n')[2:] + '\n')
+    print(_FLAGS_HELP)
+    return 0 if arguments else 2
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  if not CONFIGURED[name].over_processes:
+    return _run(name, arguments)
+  from prompt_tuning.training import hosts
+
+  with hosts.leaving_at_once():
+    code = _run(name, arguments)
+    if code:
+      hosts.leave(code)
+    return code
+
+
+def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
+  """Writes a model or a prompt in another format.
+
+    prompt-tuning convert google/t5-v1_1-base out --to=t5x --step=1000000
+    prompt-tuning convert runs/bbc/prompt adapter --to=peft --base=hf_folder
+    prompt-tuning convert t5_1_1_mini hf_folder --to=hugging_face \\
+      --vocabulary=t5_1_1_mini
+    prompt-tuning convert t5_1_1_mini served --to=prompt_tokens \\
+      --prompt=runs/bbc/prompt --vocabulary=t5_1_1_mini
+    prompt-tuning convert prompt_a prompt_b table.npy --to=serving_table
+    prompt-tuning convert t5_1_1_mini merged --to=t5x --trained=runs/ia3
+    prompt-tuning convert runs/ia3 adapter --to=peft --base=hf_folder
+
+  Sources are whatever INITIAL_CHECKPOINT_PATH and PROMPT_FILE take. --trained
+  folds LoRA or IA3, a run's or a file's, into the model's parameters.
+  """
+  from prompt_tuning.interop import conversion
+
+  add = parser.add_argument
+  add('sources', nargs='+', metavar='SOURCE', help='a model, or prompts')
+  add('output', metavar='OUTPUT', help='folder (or file) to write')
+  formats = (*conversion.MODEL_FORMATS, *conversion.PROMPT_FORMATS)
+  add('--to', required=True, choices=formats)
+  add('--prompt', help='for t5x and prompt_tokens: a prompt to put in')
+  add('--trained', help='what was trained on the model, to fold into it')
+  add('--base', help="for peft: the adapter's Hugging Face model")
+  add('--vocabulary', help='to write beside a Hugging Face model')
+  add('--step', type=int, help='of a model that does not say it')
+  add('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  return conversion.convert(**vars(parser.parse_args(arguments)))
+
+
+def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
+  """Says what is in models and prompts of any format; compares prompts.
+
+    prompt-tuning inspect t5_1_1_mini
+    prompt-tuning inspect runs/bbc/prompt runs/other/prompt
+
+  Prints parameters, shapes, types, norms, step and metadata; of several
+  prompts also the cosine of their rows.
+  """
+  from prompt_tuning.interop import conversion
+
+  parser.add_argument('paths', nargs='+', metavar='PATH')
+  return conversion.inspect(**vars(parser.parse_args(arguments)))
+
+
+def _diff(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
+  """Says how two models, or two prompts, differ, whatever their formats.
+
+    prompt-tuning diff t5_1_1_mini hf_folder
+
+  Exit code 0 where all values are equal, 1 where they differ, 2 for faults, as
+  diff's.
+  """
+  from prompt_tuning.interop import conversion
+
+  parser.add_argument('one')
+  parser.add_argument('other')
+  return conversion.differences(**vars(parser.parse_args(arguments)))
+
+
+_OF_FILES = {'convert': _convert, 'inspect': _inspect, 'diff': _diff}
+
+
+def _of_files(name: str, arguments: Sequence[str]) -> int:
+  """The exit code of a command that knows files alone, its lines printed."""
+  parser = argparse.ArgumentParser(
+    prog=f'prompt-tuning {name}',
+    description=inspect.cleandoc(_OF_FILES[name].__doc__),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  try:
+    lines = list(_OF_FILES[name](parser, arguments))
+  except errors.UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2 if name == 'diff' else 1
+  print(*lines, sep='\n', end='\n' if lines else '')
+  return int(name == 'diff' and bool(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command named first with the arguments after it.
 
   Returns:
-    The exit code: 0, 1 (data, paths, shapes) or 2 (usage, gin).
+    The exit code: 0; 1 for a fault of data, paths or shapes; 2 for one of
+    usage or gin; 75 where the same command goes on: the run was asked to stop,
+    or another process of its job was lost; 130 where it was interrupted.
   """
-  arguments = sys.argv[1:] if arguments is None else list(arguments)
-  if not arguments or arguments[0] in ('--help', '-h', 'help'):
-    print(_help())
-    return 0 if arguments else 2
-  if arguments[0] == '--version':
+  command, *rest = (sys.argv[1:] if arguments is None else arguments) or ['']
+  if command in ('', '--help', '-h', 'help'):
+    commands = [f'  {name:8}{text}' for name, text in COMMANDS.items()]
+    print(_HELP.format(prompt_tuning.__version__, '\n'.join(commands)))
+    return 0 if command else 2
+  if command == '--version':
     print(prompt_tuning.__version__)
     return 0
-  command, *rest = arguments
-  if command not in COMMANDS:
-    close = difflib.get_close_matches(command, COMMANDS, n=1)
-    near = f' (did you mean {close[0]}?)' if close else ''
-    print(
-      f'error: {command} is not a command{near}; commands are '
-      f'{", ".join(COMMANDS)}',
-      file=sys.stderr,
-    )
-    return 2
-  return importlib.import_module(f'prompt_tuning.{command}').main(rest)
-
-
-if __name__ == '__main__':
-  sys.exit(main())
+  if command in CONFIGURED:
+    return _configured(command, rest)
+  if command in _OF_FILES:
+    return _of_files(command, rest)
+  near = gin_files.nearest(command, COMMANDS)
+  commands = f'commands are {", ".join(COMMANDS)}'
+  print(f'error: {command} is not a command{near}; {commands}', file=sys.stderr)
+  return 2

@@ -10,29 +10,30 @@ same.
 
 import argparse
 from collections.abc import Sequence
+import itertools
 import json
 import os
 import pathlib
+import shlex
 import sys
 import time
+from typing import Any
 
+from prompt_tuning import cli
 from prompt_tuning import configuration
-from prompt_tuning import train
 from prompt_tuning.errors import UserError
+from prompt_tuning.gin_files import Request
 
-MODEL = [
-  '--gin_file=models/t5_1_1_mini.gin',
-  "--gin.INITIAL_CHECKPOINT_PATH='t5_1_1_mini'",
-  "--gin.VOCABULARY='t5_1_1_mini'",
-]
-TASK = ['--gin_file=tasks/bbc_topics.gin']
+MODEL, TASK = 'models/t5_1_1_mini', 'tasks/bbc_topics'
+ACCURACY = 'bbc_topics/accuracy'
 # The paper's optimiser and start; a shorter prompt, few steps and therefore a
 # learning rate that falls to 0 at their end suit a small model and two cores.
-RECIPE = ['--gin_file=prompts/class_labels.gin', '--gin.PROMPT_LENGTH=20']
-LEARNING_RATE = 0.5
+RECIPE = (
+  *('runs/prompt_tune', 'prompts/class_labels', 'schedules/cosine'),
+  'PROMPT_LENGTH=20',
+)
+BASELINE = ('runs/model_tune', 'BATCH_SIZE=32')
 STEPS = 400
-# Openings of articles, written for this. The prompt was tuned on 128 tokens of
-# each article, and is worse on a single sentence.
 TEXTS = (
   'Late winner takes the cup. The striker scored twice in the second half as '
   'the home side came from behind to win the cup final. The coach praised his '
@@ -61,69 +62,35 @@ TEXTS = (
 )
 
 
-def cosine(learning_rate: float, first_step: int, steps: int) -> list[str]:
-  """Flags of a learning rate that falls to 0; T5X counts the base's steps."""
-  schedule = '--gin.create_learning_rate_scheduler'
-  return [
-    '--gin.train.learning_rate=@create_learning_rate_scheduler()',
-    f"{schedule}.factors='constant * cosine_decay'",
-    f'{schedule}.base_learning_rate={learning_rate}',
-    f'{schedule}.warmup_steps={first_step}',
-    f'{schedule}.steps_per_cycle={steps}',
-  ]
+def command(name: str, *words: str) -> Any:
+  """What a command of ours prints, and before it how a shell spells it."""
+  quoted = ' \\\n    '.join(map(shlex.quote, words))
+  print(f'\n$ prompt-tuning {name} {quoted}\n', flush=True)
+  return cli.call(name, words)
 
 
-def command(name: str, flags: Sequence[str]) -> str:
-  """The shell's spelling of one of our commands."""
-  quoted = [f'"{f}"' if set(f) & set("'@()") else f for f in flags]
-  return ' \\\n    '.join([f'prompt-tuning {name}', *quoted])
-
-
-def tune(run_file: str, flags: Sequence[str], model_dir: pathlib.Path) -> float:
-  """Trains by a run file; returns the seconds it took."""
-  arguments = [
-    *MODEL,
-    *TASK,
-    f'--gin_file=runs/{run_file}',
-    *flags,
-    f"--gin.MODEL_DIR='{model_dir}'",
-  ]
-  print(f'\n$ {command("train", arguments)}\n', flush=True)
+def tune(
+  recipe: Sequence[str], options: argparse.Namespace, model_dir: pathlib.Path
+) -> str:
+  """Trains by a recipe; returns the seconds it took."""
   start = time.monotonic()
-  if train.main(arguments):
-    raise SystemExit(1)
-  return time.monotonic() - start
-
-
-def score(
-  output_dir: pathlib.Path,
-  prompt: str | None = None,
-  base: str | None = None,
-  rank: bool = False,
-) -> float:
-  """Accuracy, in percent, on the task's test split."""
-  flags = [
-    *MODEL,
-    *TASK,
-    '--gin_file=runs/eval.gin',
-    f'--gin.PROMPT_FILE={prompt!r}' if prompt else '--gin.evaluate.prompt=None',
-    f"--gin.EVAL_OUTPUT_DIR='{output_dir}'",
-    "--gin.Evaluation.split='test'",
-    f'--gin.Evaluation.rank_classification={rank}',
-  ]
-  if base is not None:
-    flags[1] = f"--gin.INITIAL_CHECKPOINT_PATH='{base}'"
-  print(f'\n$ {command("eval", flags)}', flush=True)
-  evaluate = configuration.configure(
-    'evaluate', configuration.parse_flags(flags)
+  result = command(
+    'train',
+    *(MODEL, TASK, *recipe),
+    f'TRAIN_STEPS_RELATIVE={options.steps}',
+    f'train.best_metric={ACCURACY}',
+    'train.eval_period=100',
+    f'train.seed={options.seed}',
+    f'MODEL_DIR={model_dir}',
   )
-  return evaluate()['bbc_topics/accuracy']
+  print(json.dumps(result, default=float), flush=True)
+  return f'{time.monotonic() - start:.0f} s'
 
 
-def network_config():
-  """The bundled model's T5Config, from its gin file."""
-  flags = configuration.parse_flags(MODEL[:1])
-  return configuration.configure('T5Config', flags)()
+def score(folder: pathlib.Path, *words: str) -> float:
+  """Accuracy, in percent, on the task's test split."""
+  to = f'EVAL_OUTPUT_DIR={folder}'
+  return command('eval', *words, 'Evaluation.split=test', to)[ACCURACY]
 
 
 def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
@@ -133,25 +100,22 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+  from prompt_tuning.interop.base_checkpoints import load_checkpoint
+
+  first = load_checkpoint('t5_1_1_mini').step
+  figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+  kinds = [('train', 'loss_per_token', 'training loss, nats per token')]
+  kinds += [('eval', ACCURACY, 'validation accuracy, %')]
   for name, model_dir in runs.items():
-    lines = [
-      json.loads(line)
-      for line in (model_dir / 'metrics.jsonl').read_text().splitlines()
-    ]
-    first = min(line['step'] for line in lines if line['split'] == 'train')
-    for axis, split, key in (
-      (left, 'train', 'loss_per_token'),
-      (right, 'eval', 'bbc_topics/accuracy'),
-    ):
-      points = [
-        (line['step'], line[key]) for line in lines if line['split'] == split
-      ]
-      steps = [step - first for step, _ in points]
-      axis.plot(steps, [value for _, value in points], label=name)
-  left.set(xlabel='step', ylabel='training loss, nats per token')
-  right.set(xlabel='step', ylabel='validation accuracy, %', ylim=(0, 100))
-  for axis in (left, right):
+    text = (model_dir / 'metrics.jsonl').read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for axis, (split, key, label) in zip(axes, kinds):
+      points = [line for line in lines if line['split'] == split]
+      steps = [line['step'] - first for line in points]
+      axis.plot(steps, [line[key] for line in points], label=name)
+      axis.set(xlabel='step', ylabel=label)
+  axes[1].set(ylim=(0, 100))
+  for axis in axes:
     axis.grid(alpha=0.3)
     axis.legend()
   figure.tight_layout()
@@ -161,139 +125,92 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
 
 def classify(model_dir: pathlib.Path) -> None:
   """Labels a few texts, and what is typed where somebody types."""
+  import prompt_tuning
   from prompt_tuning.data.bbc import TOPICS
-  from prompt_tuning.data.vocabularies import load_vocabulary
-  from prompt_tuning.interop.base_checkpoints import load_checkpoint
-  from prompt_tuning.interop.prompts import load_prompt
-  from prompt_tuning.models.model import EncoderDecoderModel
-  from prompt_tuning.training import inference
 
-  model = EncoderDecoderModel(network_config())
-  variables, virtual_tokens = inference.load_variables(
-    model, load_checkpoint('t5_1_1_mini'), load_prompt(model_dir / 'prompt')
-  )
-  predictor = inference.Predictor(
-    model,
-    variables,
-    load_vocabulary('t5_1_1_mini'),
-    virtual_tokens,
-    labels=TOPICS,
-    batch_size=1,
-  )
+  predictor = prompt_tuning.load('t5_1_1_mini', model_dir)
 
   def show(text: str) -> None:
-    (record,) = predictor([f'article: {text}'])
-    print(f'  {record["prediction"]:<14} {text[:60]}')
+    (ranking,) = predictor.rank([f'article: {text}'], TOPICS)
+    print(f'  {max(ranking, key=ranking.get):<14} {text[:60]}')
 
   print('\nThe exported prompt classifies:')
   for text in TEXTS:
     show(text)
-  while sys.stdin.isatty():
-    try:
-      text = input('A text of your own (Enter to end): ').strip()
-    except EOFError:
-      break
-    if not text:
-      break
-    show(text)
+  if sys.stdin.isatty():
+    print('A text of your own (Enter to end):')
+    for text in itertools.takewhile(str.strip, sys.stdin):
+      show(text.strip())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog='quickstart', description=__doc__.partition('\n')[0]
-  )
-  parser.add_argument('--output_dir', default='outputs/quickstart')
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--steps', type=int, default=STEPS)
-  parser.add_argument(
-    '--model_tuning',
-    action='store_true',
-    help='also tune the whole model, the upper bound',
-  )
-  options = parser.parse_args(arguments)
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  try:
-    return run(options)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
+def run(options: argparse.Namespace) -> None:
+  import numpy as np
 
-
-def run(options: argparse.Namespace) -> int:
   from prompt_tuning.data import classification
-  from prompt_tuning.interop.base_checkpoints import load_checkpoint
-  from prompt_tuning.interop.export import export
-  from prompt_tuning.interop.prompts import load_prompt
+  from prompt_tuning.data.task import Task
   from prompt_tuning.models import network
-  from prompt_tuning.training.loop import count_parameters
+  from prompt_tuning.models import parameters
 
   folder = pathlib.Path(options.output_dir)
-  first_step = load_checkpoint('t5_1_1_mini').step
   model_dir = folder / f'prompt_seed{options.seed}'
   runs = {'prompt tuning': model_dir}
-  seconds = tune(
-    'prompt_tune.gin',
-    [
-      *RECIPE,
-      *cosine(LEARNING_RATE, first_step, options.steps),
-      f'--gin.TRAIN_STEPS_RELATIVE={options.steps}',
-      "--gin.train.best_metric='bbc_topics/accuracy'",
-      '--gin.train.eval_period=100',
-      f'--gin.train.seed={options.seed}',
-    ],
-    model_dir,
-  )
-  _, metadata = load_prompt(model_dir / 'prompt')
-  prompt_parameters = metadata['prompt_length'] * metadata['embed']
-  total = count_parameters(network.parameter_shapes(network_config()))
+  seconds = tune(RECIPE, options, model_dir)
+  prompt = model_dir / 'prompt' / 'prompt.npy'
+  task = Task('bbc_topics', {'inputs': 128, 'targets': 4})
+  config = configuration.configure('T5Config', Request(files=(MODEL,)))()
+  shapes = parameters.flatten(network.parameter_shapes(config)).values()
+  total = sum(leaf.size for leaf in shapes)
 
   print('\nScoring the test split ...', flush=True)
-  majority = classification.majority_class('bbc_topics')['accuracy']
+  bare = (MODEL, TASK, 'runs/eval', 'evaluate.trained=()')
+  rank = 'Evaluation.rank_classification=True'
+  zero_shot = score(folder / 'zero_shot', *bare, rank)
+  tuned = score(folder / 'prompt', str(model_dir))
   rows = [
-    ('majority class', majority, 0, ''),
-    ('no prompt, labels ranked', score(folder / 'zero_shot', rank=True), 0, ''),
-    (
-      'prompt tuning',
-      score(folder / 'prompt', prompt=str(model_dir / 'prompt')),
-      prompt_parameters,
-      f'{seconds:.0f} s',
-    ),
+    ('majority class', classification.majority_class(task)['accuracy']),
+    ('no prompt, labels ranked', zero_shot),
+    ('prompt tuning', tuned, np.load(prompt).size, seconds),
   ]
   if options.model_tuning:
-    tuned = folder / f'model_seed{options.seed}'
-    seconds = tune(
-      'model_tune.gin',
-      [
-        f'--gin.TRAIN_STEPS_RELATIVE={options.steps}',
-        '--gin.BATCH_SIZE=32',
-        "--gin.train.best_metric='bbc_topics/accuracy'",
-        '--gin.train.eval_period=100',
-        f'--gin.train.seed={options.seed}',
-      ],
-      tuned,
-    )
-    runs['model tuning'] = tuned
+    runs['model tuning'] = folder / f'model_seed{options.seed}'
+    seconds = tune(BASELINE, options, runs['model tuning'])
     # Both are scored at their best validation step.
-    export(tuned, tuned / 'export')
-    tuned_score = score(folder / 'model', base=str(tuned / 'export'))
-    rows.append(('model tuning', tuned_score, total, f'{seconds:.0f} s'))
+    tuned = score(folder / 'model', str(runs['model tuning']))
+    rows.append(('model tuning', tuned, total, seconds))
   print(f'\n{"":26}{"test accuracy":>14}{"trained":>12}{"share":>9}{"time":>8}')
-  for name, accuracy, parameters, took in rows:
-    share = f'{100 * parameters / total:.2f}%'
-    print(f'{name:26}{accuracy:13.1f}%{parameters:12,}{share:>9}{took:>8}')
+  for name, accuracy, *trained in rows:
+    count, took = trained or (0, '')
+    share = f'{100 * count / total:.2f}%'
+    print(f'{name:26}{accuracy:13.1f}%{count:12,}{share:>9}{took:>8}')
   if not options.model_tuning:
     print('(model tuning, the upper bound: the same command, --model_tuning)')
 
   plot(runs, folder / 'curves.png')
   print('\nWritten:')
   for path in (
-    model_dir / 'prompt' / 'prompt.npy',
-    model_dir / 'prompt' / 'prompt.safetensors',
-    model_dir / 'metrics.jsonl',
-    folder / 'curves.png',
+    *(prompt, prompt.with_suffix('.safetensors')),
+    *(model_dir / 'metrics.jsonl', folder / 'curves.png'),
   ):
     print(f'  {path}  {path.stat().st_size:,} bytes')
   classify(model_dir)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog='quickstart', description=__doc__.partition('\n')[0]
+  )
+  add = parser.add_argument
+  add('--output_dir', default='outputs/quickstart')
+  add('--seed', type=int, default=0)
+  add('--steps', type=int, default=STEPS)
+  tuning = 'also tune the whole model, the upper bound'
+  add('--model_tuning', action='store_true', help=tuning)
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  try:
+    run(parser.parse_args(arguments))
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return getattr(error, 'EXIT_CODE', 1)
   return 0
 
 

@@ -25,7 +25,7 @@ def report(
   path = folder / f'{size}-{topology.replace(":", "-")}.json'
   if not path.exists():
     command = [
-      *(sys.executable, '-m', 'prompt_tuning.compile'),
+      *(sys.executable, '-m', 'prompt_tuning', 'compile'),
       f'--gin_file=models/t5_1_1_{size}.gin',
       '--gin_file=runs/compile.gin',
       f"--gin.TOPOLOGY='{topology}'",

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import tensorflow_datasets as tfds  # noqa: E402
 
 from prompt_tuning.data import local_files  # noqa: E402
-from prompt_tuning.data import task_data  # noqa: E402
+from prompt_tuning.data.task import register_tasks  # noqa: E402
 from prompt_tuning.errors import UserError  # noqa: E402
 
 _LEAVES = {str: tfds.features.Text, int: np.int32, float: np.float32}
@@ -33,7 +33,7 @@ def versions() -> dict[str, list[str]]:
   """{data set: the versions that registered tasks read}."""
   import seqio
 
-  task_data.get_task('bbc_topics')  # registers all
+  register_tasks()
   found = {}
   for name in seqio.TaskRegistry.names():
     source = seqio.TaskRegistry.get(name).source

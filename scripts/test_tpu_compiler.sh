@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 environment .venv-tpu installed-tpu.py '.[tpu]' pytest beartype
 
-exec .venv-tpu/bin/python -m pytest tests/training/test_compilation.py "$@"
+exec .venv-tpu/bin/python -m pytest tests/planning/test_compilation.py "$@"

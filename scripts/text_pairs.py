@@ -27,7 +27,7 @@ import math
 import pathlib
 import random
 import re
-import sys
+import subprocess
 
 import debian_text
 import prepare_corpus
@@ -99,19 +99,13 @@ def package_pairs(listing: str) -> Iterator[Pair]:
 
 
 def keyword_pairs(paragraphs: list[str], most: int) -> Iterator[Pair]:
-  """The three words of a paragraph with the highest tf-idf, in that order.
-
-  Args:
-    paragraphs: also give the document frequencies.
-    most: pairs at most, of paragraphs spread evenly.
-  """
+  """The three words of highest tf-idf, of `most` paragraphs spread evenly."""
   frequency = collections.Counter()
   for text in paragraphs:
     frequency.update({word.lower() for word in _WORD.findall(text)})
-  step = max(len(paragraphs) // max(most, 1), 1)
+  step = max(len(paragraphs) // most, 1)
   for text in paragraphs[::step][:most]:
-    # What a reader of limited length sees.
-    start = text[:300]
+    start = text[:300]  # what a reader of limited length sees
     counts = collections.Counter(w.lower() for w in _WORD.findall(start))
     # Words of few paragraphs are names and slips of the pen.
     scores = {
@@ -124,16 +118,14 @@ def keyword_pairs(paragraphs: list[str], most: int) -> Iterator[Pair]:
       yield f'keywords: {start}', ', '.join(best)
 
 
-def write_pairs(pairs: Iterable[Pair], output: pathlib.Path, seed: int) -> None:
+def write_pairs(pairs: Iterable[Pair], output: str, seed: int) -> None:
   """Writes shuffled pairs as lines; tabs and line ends become spaces."""
   lines = ['\t'.join(' '.join(s.split()) for s in pair) for pair in pairs]
   random.Random(seed).shuffle(lines)
-  partial = output.with_name(output.name + '.partial')
-  partial.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-  partial.rename(output)
+  pathlib.Path(output).write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
   """Parses the command line and writes the pairs."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,36 +134,25 @@ def main(argv: list[str] | None = None) -> int:
   add('--output', required=True, help='file of tab-separated pairs to write')
   add('--work_dir', required=True, help="as debian_text.py's")
   add('--texts', nargs='*', default=[], help='texts, for keywords')
-  add(
-    '--keywords',
-    type=int,
-    default=150_000,
-    help='pairs of the texts at most (default 150,000)',
-  )
-  add('--seed', type=int, default=0, help='of shuffling (default 0)')
   arguments = parser.parse_args(argv)
-  try:
-    pairs = []
-    wordnet = debian_text.unpacked('wordnet-base', arguments.work_dir)[1]
-    pairs += wordnet_pairs(wordnet / 'usr/share/wordnet')
-    pairs += package_pairs(debian_text.run(['apt-cache', 'dumpavail']))
-    pairs += keyword_pairs(
-      [
-        paragraph
-        for path in arguments.texts
-        for document in prepare_corpus.read_documents(path)
-        for paragraph in document
-      ],
-      arguments.keywords,
-    )
-    write_pairs(pairs, pathlib.Path(arguments.output), arguments.seed)
-  except (OSError, prepare_corpus.UserError) as error:
-    raise SystemExit(f'error: {error}') from None
+  _, wordnet = debian_text.unpacked('wordnet-base', arguments.work_dir)
+  listing = subprocess.check_output(['apt-cache', 'dumpavail'], text=True)
+  paragraphs = [
+    paragraph
+    for path in arguments.texts
+    for document in prepare_corpus.read_documents(path)
+    for paragraph in document
+  ]
+  pairs = [
+    *wordnet_pairs(wordnet / 'usr/share/wordnet'),
+    *package_pairs(listing),
+    *keyword_pairs(paragraphs, 150_000),
+  ]
+  write_pairs(pairs, arguments.output, seed=0)
   counts = collections.Counter(source.partition(':')[0] for source, _ in pairs)
   for name, count in counts.items():
-    print(f'{name:10} {count:9,}', file=sys.stderr)
-  return 0
+    print(f'{name:10} {count:9,}')
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

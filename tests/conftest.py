@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 # Before JAX is imported: tests of sharding need more than one device, and a
 # machine with an accelerator must give the same numbers as one without.
@@ -12,6 +13,12 @@ if 'xla_force_host_platform_device_count' not in os.environ.get(
 ):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# A program that one test has compiled is compiled for all, processes that tests
+# start included.
+_CACHE = tempfile.TemporaryDirectory(prefix='compiled-')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,15 +1,19 @@
-"""gin files and flags: what is accepted, what is refused and in which words."""
+"""gin files and words: what is accepted, what is refused and in which words."""
 
 from collections.abc import Callable
 import dataclasses
 import itertools
+import pathlib
 import re
 import sys
 
 import gin
 import pytest
 
+from prompt_tuning import cli
 from prompt_tuning import configuration
+from prompt_tuning import gin_files
+from prompt_tuning.errors import RestartError
 from prompt_tuning.errors import UserError
 
 
@@ -45,17 +49,19 @@ def bake(
 
 @pytest.fixture(autouse=True)
 def kitchen(monkeypatch, tmp_path):
-  """Three configurables of our own instead of the package's."""
-  names = {name: f'{__name__}:{name}' for name in ('Oven', 'whisk', 'bake')}
+  """Configurables and a command of our own instead of the package's."""
+  names = dict.fromkeys(('Oven', 'whisk', 'bake'), __name__)
   monkeypatch.setattr(configuration, 'CONFIGURABLES', names)
+  command = cli.Configured('bake', 'own.gin', over_processes=False)
+  monkeypatch.setitem(cli.CONFIGURED, 'bake', command)
   monkeypatch.chdir(tmp_path)
   yield
   gin.clear_config()
 
 
 def write(name, *lines):
-  with open(name, 'w') as file:
-    file.write('\n'.join(lines) + '\n')
+  pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
+  pathlib.Path(name).write_text('\n'.join(lines) + '\n')
   return f'--gin_file={name}'
 
 
@@ -69,12 +75,16 @@ def bread():
 
 
 def run(*arguments):
-  flags = configuration.parse_flags(arguments)
-  return configuration.configure('bake', flags)()
+  return configured(*arguments)()
+
+
+def configured(*arguments):
+  request, _ = cli.parse(arguments, own_file='own.gin')
+  return configuration.configure('bake', request)
 
 
 def fault(*arguments):
-  with pytest.raises(configuration.ConfigurationError) as caught:
+  with pytest.raises(gin_files.ConfigurationError) as caught:
     run(*arguments)
   message = str(caught.value)
   assert len(message.splitlines()) == 1
@@ -89,12 +99,24 @@ def test_files_and_flags_reach_the_function():
 
 def test_a_flag_takes_its_value_with_or_without_equals():
   assert run(bread(), '--gin.MINUTES', '40')['minutes'] == 40
-  flags = configuration.parse_flags(
+  request, job = cli.parse(
     ['--gin_file', 'a.gin', '--gin_search_paths', 'x,y', '--gin.A.b=1==1']
   )
-  assert flags.gin_files == ('a.gin',)
-  assert flags.search_paths == ('x', 'y')
-  assert flags.bindings == (('A.b', '1==1'),)
+  assert request.files == ('a.gin',)
+  assert request.search_paths == ('x', 'y')
+  assert request.bindings == ('--gin.A.b=1==1',)
+  assert not job
+
+
+def test_a_process_of_a_job_says_who_it_is():
+  flags = '--coordinator_address=a:1 --num_processes=2 --process_id 1'.split()
+  _, job = cli.parse(flags)
+  assert job == {
+    'coordinator_address': 'a:1',
+    'num_processes': 2,
+    'process_id': 1,
+  }
+  assert '--process_id must be a whole number' in fault('--process_id=x')
 
 
 def test_the_command_line_wins_over_files_and_its_last_flag_over_others():
@@ -128,10 +150,21 @@ def test_a_function_is_passed_with_its_bindings():
 def test_optax_is_known_by_name():
   bread()
   write('o.gin', 'bake.mixer = @optax.adamw', 'optax.adamw.b1 = 0.5')
-  arguments = ['--gin_file=bread.gin', '--gin_file=o.gin', '--gin.MINUTES=1']
-  configuration.configure('bake', configuration.parse_flags(arguments))
+  configured('bread', 'o', 'MINUTES=1')
   mixer = gin.get_bindings('bake')['mixer']
   assert mixer.__name__ == 'adamw'
+  # gin itself writes adamw.b1, a name that nothing knows in a new process.
+  assert 'optax.adamw.b1 = 0.5' in configuration.resolved_config()
+
+
+@pytest.mark.parametrize(
+  'name', ['jnp', 'functools', 'os', '_src', 'contrib', 'adamw.__globals__']
+)
+def test_what_is_not_optaxs_own_is_out_of_reach(name):
+  assert f'@optax.{name} is n' in fault(
+    bread(), 'MINUTES=1', f'bake.mixer=@optax.{name}'
+  )
+  assert configured('bread', 'MINUTES=1', 'bake.mixer=@optax.contrib.muon')
 
 
 def test_a_module_that_a_file_imports_brings_its_own_configurables(
@@ -154,6 +187,172 @@ def test_an_included_file_is_read_once():
   assert run(bread(), file)['minutes'] == 40
 
 
+WORDS = {
+  'rye': 'rye',
+  '/a/b.gin': '/a/b.gin',
+  'a b = c': 'a b = c',
+  '-': '-',
+  'it\'s 5%, "or so" # not more': 'it\'s 5%, "or so" # not more',
+  '[:10]': '[:10]',
+  '{text}': '{text}',
+  'two\nlines': 'two\nlines',
+  "'7'": '7',
+  '': None,
+}
+
+
+@pytest.mark.parametrize('word, value', WORDS.items())
+def test_a_word_needs_no_quotes(word, value):
+  if value is None:
+    assert 'not valid gin' in fault(bread(), 'MINUTES=1', f'bake.note={word}')
+  else:
+    assert run(bread(), 'MINUTES=1', f'bake.note={word}')['note'] == value
+
+
+def test_words_are_files_and_bindings():
+  write('mine/bread.gin', "include 'bread.gin'", 'bake.mixer = @whisk')
+  bread()
+  result = run(
+    'whisk.speed=1e-3',
+    'mine/bread',
+    'MINUTES=%OTHER',
+    'OTHER=7',
+    'Oven.fan=True',
+  )
+  assert result['mixer'] == 'whisked at 0.001 in None'
+  assert (result['minutes'], result['oven']['fan']) == (7, True)
+  assert run('mine/bread.gin', 'MINUTES=7')['minutes'] == 7
+
+
+@pytest.mark.parametrize(
+  'word, hint',
+  [
+    ('bake.mixer=whisk', 'did you mean @whisk() (what it returns) or @whisk'),
+    ('bake.mixer=Oven', 'did you mean @Oven()'),
+    ('Oven.degrees=MINUTES', 'did you mean %MINUTES?'),
+  ],
+)
+def test_a_bare_word_that_is_a_name_gets_a_hint(word, hint):
+  assert hint in fault(bread(), 'MINUTES=1', word)
+
+
+def test_a_bare_word_that_is_a_macro_and_fits_is_noted(capsys):
+  assert run(bread(), 'MINUTES=1', 'bake.note=MINUTES')['note'] == 'MINUTES'
+  assert 'did you mean bake.note=%MINUTES?' in capsys.readouterr().err
+  run(bread(), 'MINUTES=1', 'bake.note=1 MINUTES')
+  assert capsys.readouterr().err == ''
+
+
+def test_what_is_nearer_to_the_command_line_holds():
+  """Typed, then files named, then what they include, the deeper the weaker."""
+  write('deep.gin', 'MINUTES = 3', 'Oven.degrees = 3', 'bake.note = "deep"')
+  write(
+    'middle.gin',
+    "include 'deep.gin'",
+    *('MINUTES = 2', 'Oven.degrees = 2', 'bake.oven = @Oven()'),
+  )
+  write('named.gin', "include 'middle.gin'", 'bake.minutes = %MINUTES')
+  write('other.gin', 'MINUTES = 1')
+  for files in itertools.permutations(['named', 'other']):
+    result = run(*files)
+    assert (result['minutes'], result['note']) == (1, 'deep')
+    assert result['oven']['degrees'] == 2
+    assert run(*files, 'MINUTES=0')['minutes'] == 0
+  # A file that is named as well is as strong as others that are.
+  assert 'bound twice' in fault('named', 'other', 'deep')
+  assert run('named', 'deep')['minutes'] == 3
+
+
+def test_equal_bindings_of_two_files_are_no_fault():
+  write('a.gin', 'MINUTES = 4')
+  write('b.gin', 'MINUTES = 4')
+  assert run(bread(), 'a', 'b')['minutes'] == 4
+
+
+def test_the_command_line_settles_what_two_files_bind():
+  write('a.gin', 'MINUTES = 4')
+  write('b.gin', 'MINUTES = 5')
+  assert run(bread(), 'a', 'b', 'MINUTES=6')['minutes'] == 6
+
+
+@pytest.fixture
+def own_file():
+  """The command's own file and the folder of a run."""
+  write('own.gin', 'bake.oven = @Oven()', 'Oven.degrees = 100', 'MINUTES = 1')
+  write(
+    'runs/a/config.gin',
+    'import math',
+    'bake.minutes = %MINUTES',
+    'bake.note = %MODEL_DIR',
+    'bake.mixer = @whisk',
+    'whisk.bowl = %EVAL_OUTPUT_DIR',
+    'MINUTES = 2',
+    "MODEL_DIR = 'where it was'",
+    'other/Oven.fan = True',
+    'train.what_another_command_has = 3',
+  )
+
+
+ALLOWED = '--allow_import=math'
+
+
+@pytest.mark.parametrize('name', ['MIXTURE_OR_TASK_MODULES', 'Task.modules'])
+def test_modules_that_a_runs_folder_names_need_leave_too(own_file, name):
+  write('runs/a/config.gin', 'bake.minutes = 1', f"{name} = ('evil',)")
+  refused = pytest.raises(gin_files.ConfigurationError, match='import=evil')
+  with refused:
+    run('runs/a', ALLOWED)
+  run('runs/a', ALLOWED, '--allow_import=evil')
+
+
+def test_a_runs_folder_is_enough(own_file):
+  result = run('runs/a', ALLOWED)
+  assert result['oven']['degrees'] == 100  # its own file's
+  assert result['minutes'] == 2  # the run's over its own file's
+  assert result['note'] == 'runs/a'  # the folder's over the run's
+  assert result['mixer'].endswith('in runs/a/eval_validation')
+  assert run('runs/a/', ALLOWED)['note'] == 'runs/a'
+
+
+def test_files_and_words_change_a_run(own_file):
+  write('hot.gin', 'Oven.degrees = 300', 'MINUTES = 3')
+  result = run('runs/a', ALLOWED, 'hot', 'MODEL_DIR=b')
+  assert result['oven']['degrees'] == 300
+  assert (result['minutes'], result['note']) == (3, 'b')
+
+
+def test_a_run_is_told_where_to_write_by_its_split(own_file):
+  def place(*words):
+    request, _ = cli.parse(['runs/a', ALLOWED, *words], own_file='own.gin')
+    found, _ = gin_files.read_bindings(request)
+    values = {str(b): b.value for b in gin_files.holding(found)}
+    return values['EVAL_OUTPUT_DIR']
+
+  assert place() == 'runs/a/eval_validation'
+  assert place('Evaluation.split=test') == 'runs/a/eval_test'
+  write('part.gin', "Evaluation.split = 'test[:10]'")
+  assert place('part') == 'runs/a/eval_test_10_'
+  assert place('part', 'EVAL_OUTPUT_DIR=b') == 'b'
+
+
+def test_a_run_imports_nothing_unasked(own_file):
+  message = fault('runs/a')
+  assert 'runs/a/config.gin:1 imports math' in message
+  assert '--allow_import=math' in message
+  write('runs/b/config.gin', "include 'more.gin'")
+  write('more.gin', 'import math')
+  assert 'more.gin:1 imports math' in fault('runs/b')
+
+
+def test_a_folder_that_is_no_run_is_one_line(own_file):
+  pathlib.Path('empty').mkdir()
+  assert 'empty has no config.gin' in fault('empty')
+  assert "nor is it a run's folder" in fault('runs/c')
+  assert 'one run at a time' in fault('runs/a', 'runs/a/.')
+  with pytest.raises(gin_files.ConfigurationError, match='is its gin file'):
+    cli.parse(['runs/a'])
+
+
 def test_the_resolved_configuration_is_the_same_run_again():
   first = run(
     bread(),
@@ -165,15 +364,14 @@ def test_the_resolved_configuration_is_the_same_run_again():
   write('again.gin', text)
   assert 'Oven.fan = False' in text  # a default
   assert 'MINUTES = 7' in text
-  assert run('--gin_file=again.gin') == first
+  # Written before the mixer was called: its defaults are known only after.
+  assert run('again') | {'config': first['config']} == first
   assert configuration.resolved_config() == text
 
 
 def test_what_has_not_been_called_is_in_the_resolved_configuration():
   file = write('w.gin', 'bake.mixer = @whisk', 'whisk.speed = 2')
-  flags = configuration.parse_flags([bread(), file, '--gin.MINUTES=7'])
-  call = configuration.configure('bake', flags)
-  text = call(resolved_config=configuration.resolved_config)['config']
+  text = run(bread(), file, 'MINUTES=7')['config']
   assert 'whisk.speed = 2' in text
   assert 'bake.note' in text
 
@@ -186,16 +384,21 @@ def test_what_has_not_been_called_is_in_the_resolved_configuration():
     ('--gin.bake.mixer=@whisck', ['whisck', 'did you mean whisk?']),
     ('--gin.bake.mixer=@optax.adamww', ['did you mean adamw?']),
     ('--gin.MINUTS=4', ['MINUTS is bound by', 'did you mean MINUTES?']),
-    ('--gin.OTHER=4', ['%MINUTES is not bound', '--gin.MINUTES=']),
-    ('--gin.bake.note=rye', ['no quotes', '''--gin.bake.note="'rye'"''']),
-    ('--gin.bake.note=/a/b', ['no quotes', '''--gin.bake.note="'/a/b'"''']),
+    ('--gin.OTHER=4', ['%MINUTES is not bound', 'give MINUTES=']),
+    ('--gin.bake.note=rye', ['no quotes', "'rye'", 'bake.note=rye']),
+    ('--gin.bake.note=/a/b', ['no quotes', "'/a/b'", 'bake.note=/a/b']),
     ('--gin.bake.note="rye', ['--gin.bake.note="rye', 'not valid gin']),
     ('--gin.bake.note=(1', ['--gin.bake.note=(1', 'not valid gin']),
     ('--gin.bake.note=', ['--gin.bake.note=', 'not valid gin']),
     ('--gin.bake note=1', ['not valid gin']),
+    ('bake note=1', ['not valid gin']),
+    ('bake.note=@', ['not valid gin']),
+    ('Ovn.degrees=1', ['Ovn is not a config', 'did you mean Oven?']),
+    ('MINUTS=4', ['MINUTS is bound by MINUTS=4', 'did you mean MINUTES?']),
     ('--gin_fil=a', ['--gin_fil is not a flag', 'did you mean --gin_file?']),
     ('--gin_file', ['--gin_file needs a value']),
-    ('bread.gin', ['bread.gin is not a flag']),
+    ('--minutes=4', ['--minutes is not a flag', 'NAME=VALUE']),
+    ('bred', ['bred is not found']),
     ('--gin_file=bred.gin', ['bred.gin is not found', 'searched: .']),
   ],
 )
@@ -236,14 +439,31 @@ def test_two_files_that_bind_the_same_are_both_named(binding):
 
 
 @pytest.mark.parametrize(
-  'binding',
-  ['SPARE = 1', 'whisk.speed = 2', 'other/Oven.fan = True'],
+  'binding', ['whisk.speed = 2', 'other/Oven.fan = True']
 )
 def test_what_nothing_uses_is_refused_in_files_and_flags(binding):
   message = fault(bread(), write('x.gin', binding), '--gin.MINUTES=1')
   assert 'x.gin:1' in message and 'nothing that bake calls' in message
   name, _, value = binding.partition(' = ')
   assert name in fault(bread(), '--gin.MINUTES=1', f'--gin.{name}={value}')
+
+
+def test_a_macro_of_a_file_may_go_unused_and_one_typed_may_not():
+  spare = write('x.gin', 'SPARE = 1')
+  assert run(bread(), spare, 'MINUTES=1')['minutes'] == 1
+  assert 'SPARE' not in configuration.resolved_config()
+  for typed in ('SPARE=1', '--gin.SPARE=1'):
+    message = fault(bread(), 'MINUTES=1', typed)
+    assert 'SPARE is bound by' in message and 'remove it' in message
+
+
+def test_an_included_file_may_bind_what_nothing_uses():
+  write('wiring.gin', 'whisk.speed = 2', "include 'bread.gin'")
+  bread()
+  file = write('mine.gin', "include 'wiring.gin'")
+  assert run(file, 'MINUTES=1')['mixer'] == 'whisked at 1.0 in None'
+  write('wiring.gin', 'whisk.sped = 2')
+  assert 'did you mean speed?' in fault(file, bread(), 'MINUTES=1')
 
 
 def test_an_unused_macro_gets_the_nearest_used_name():
@@ -315,56 +535,75 @@ def test_search_paths_are_looked_at_before_the_packages_own(tmp_path):
 
 @pytest.mark.parametrize('prefix', ['', 'configs/'])
 def test_the_packages_files_are_found_from_any_folder(prefix):
-  path = configuration.find_file(f'{prefix}models/t5_1_1_mini.gin')
-  assert path.is_file()
+  for name in ('models/t5_1_1_mini.gin', 'models/t5_1_1_mini'):
+    assert gin_files.find_file(f'{prefix}{name}').is_file()
 
 
 def test_a_missing_file_gets_the_nearest_one_of_the_package():
   message = fault('--gin_file=configs/modls/t5_1_1_mini.gin')
   assert 'did you mean models/t5_1_1_mini.gin?' in message
+  assert 'did you mean models/t5_1_1_mini?' in fault('models/t5_1_mini')
 
 
-def test_run_main_prints_the_result_and_returns_zero(capsys):
-  code = configuration.run_main('bake', [bread(), '--gin.MINUTES=4'], 'Bakes.')
-  assert code == 0
+def test_a_command_prints_its_result_and_returns_zero(capsys):
+  assert cli.main(['bake', bread(), 'MINUTES=4']) == 0
   printed = capsys.readouterr()
   assert '"minutes": 4' in printed.out
   assert printed.err == ''
 
 
 @pytest.mark.parametrize(
-  'flags, code', [(['--gin.MINUTES=4', '--gin.Oven.degrees=400'], 1), ([], 2)]
+  'words, code', [(['MINUTES=4', 'Oven.degrees=400'], 1), (['bread'], 2)]
 )
-def test_run_main_says_faults_in_one_line_and_returns_their_code(
-  flags, code, capsys
+def test_a_command_says_faults_in_one_line_and_returns_their_code(
+  words, code, capsys
 ):
-  assert configuration.run_main('bake', [bread(), *flags], 'Bakes.') == code
+  assert cli.main(['bake', bread(), *words]) == code
   printed = capsys.readouterr()
   assert printed.out == ''
   assert re.fullmatch(r'error: .+\n', printed.err)
 
 
+def raising(error):
+  def finish(result):
+    raise error
+
+  return dataclasses.replace(cli.CONFIGURED['bake'], finish=finish)
+
+
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
-  def fail():
-    raise ZeroDivisionError
-
+  command = raising(ZeroDivisionError())
+  monkeypatch.setitem(cli.CONFIGURED, 'bake', command)
   with pytest.raises(ZeroDivisionError):
-    configuration.run_main(
-      'bake', [bread(), '--gin.MINUTES=4'], 'x', finish=lambda result: fail()
-    )
+    cli.main(['bake', bread(), 'MINUTES=4'])
 
 
-def test_a_full_disk_is_one_line(capsys):
-  def fail(result):
-    raise OSError(28, 'No space left on device', 'a/prompt.npy')
+@pytest.mark.parametrize(
+  'error, code, words',
+  [
+    (OSError(28, 'No space left on device'), 1, 'No space left on device'),
+    (RestartError('asked to stop'), 75, 'asked to stop'),
+    (KeyboardInterrupt(), 130, 'interrupted'),
+  ],
+)
+def test_what_ends_a_command_is_one_line_and_a_code(
+  error, code, words, capsys, monkeypatch
+):
+  monkeypatch.setitem(cli.CONFIGURED, 'bake', raising(error))
+  assert cli.main(['bake', bread(), 'MINUTES=4']) == code
+  printed = capsys.readouterr().err
+  assert words in printed and printed.count('\n') == 1
 
-  arguments = [bread(), '--gin.MINUTES=4']
-  assert configuration.run_main('bake', arguments, 'x', finish=fail) == 1
-  assert 'No space left on device' in capsys.readouterr().err
+
+def test_flags_of_a_job_are_refused_where_there_is_none(capsys):
+  assert cli.main(['bake', bread(), 'MINUTES=4', '--num_processes=2']) == 2
+  assert 'is for jobs of train' in capsys.readouterr().err
 
 
-def test_help_says_what_to_do(capsys):
-  assert configuration.run_main('bake', ['--help'], 'Bakes.') == 0
-  assert configuration.run_main('bake', [], 'Bakes.') == 2
+def test_help_is_the_head_of_the_commands_own_file(capsys):
+  write('own.gin', '# Bakes.', '#', '#   bake bread', '', '# Not the head.')
+  assert cli.main(['bake', '--help']) == 0
+  assert cli.main(['bake']) == 2
   printed = capsys.readouterr().out
-  assert 'Bakes.' in printed and '--gin_search_paths' in printed
+  assert 'Bakes.\n\n  bake bread\n' in printed and 'Not the' not in printed
+  assert '--gin_search_paths' in printed

@@ -1,13 +1,17 @@
-"""The four mains: a whole chain on a tiny model, and faults of the user."""
+"""The commands: a whole chain on a tiny model, and faults of the user."""
 
 import json
+import pathlib
 import re
+import subprocess
+import sys
 
 import gin
 import jax
 import numpy as np
 import pytest
 
+import prompt_tuning
 from prompt_tuning import cli
 from prompt_tuning.data.token_arrays import write_token_arrays
 from prompt_tuning.data.vocabularies import load_vocabulary
@@ -36,7 +40,7 @@ EncoderDecoderModel.config = @T5Config()
 train.model_dir = %MODEL_DIR
 train.base = @load_checkpoint()
 load_checkpoint.path = %INITIAL_CHECKPOINT_PATH
-train.prompt = @Prompt()
+train.methods = (@Prompt(),)
 Prompt.length = %PROMPT_LENGTH
 train.train_steps_relative = %TRAIN_STEPS_RELATIVE
 train.train_steps = %TRAIN_STEPS
@@ -44,7 +48,7 @@ train.data = @TokenArrayData()
 TokenArrayData.folder = %TOKEN_ARRAYS
 TokenArrayData.objective = 'prefix_lm'
 TokenArrayData.batch_size = 8
-TokenArrayData.task_feature_lengths = {'inputs': 8, 'targets': 8}
+TokenArrayData.feature_lengths = {'inputs': 8, 'targets': 8}
 train.progress = False
 PROMPT_LENGTH = 3
 TRAIN_STEPS_RELATIVE = None
@@ -144,7 +148,9 @@ def test_export_writes_the_prompt_of_a_run(run, tmp_path, capsys):
   arguments = ['export', '--gin_file=runs/export.gin']
   macros = {'MODEL_DIR': str(run), 'EXPORT_DIR': str(tmp_path / 'out')}
   assert cli.main([*arguments, *bind(**macros)]) == 0
-  assert json.loads(capsys.readouterr().out)['shape'] == [1, 3, 16]
+  written = json.loads(capsys.readouterr().out)
+  assert written['step'] == BASE_STEP + 2
+  assert str(tmp_path / 'out' / 'prompt.npy') in written['files']
   for name in ('prompt.npy', 'prompt.safetensors'):
     np.testing.assert_array_equal(
       load_prompt(tmp_path / 'out' / name)[0], load_prompt(run / 'prompt')[0]
@@ -158,6 +164,7 @@ def test_an_exported_prompt_starts_another_run(run, folder, tmp_path):
     tmp_path / 'run',
     '--gin_file=prompts/from_file.gin',
     '--gin.train.learning_rate=0.0',
+    '--gin.train.optimizer=@adafactor',
     TRAIN_STEPS_RELATIVE=1,
     PROMPT_FILE=str(run / 'prompt' / 'prompt.npy'),
   )
@@ -182,9 +189,52 @@ def test_infer_reads_texts_and_writes_json(
 
 def test_infer_works_without_a_prompt(folder, tiny_vocabulary, tmp_path):
   output = tmp_path / 'out.jsonl'
-  more = ['--gin.infer.prompt=None']
+  more = ['--gin.infer.trained=()']
   assert cli.main(infer_arguments(folder, output, tiny_vocabulary, *more)) == 0
   assert len(output.read_text().splitlines()) == 2
+
+
+@pytest.fixture
+def whole_run(folder, tiny_vocabulary, tmp_path, monkeypatch):
+  """A folder that holds all that is needed, of a run by words alone."""
+  monkeypatch.chdir(tmp_path)
+  words = ['train', f'{folder}/model', f'{folder}/train', f'{folder}/words']
+  (folder / 'words.gin').write_text(f'VOCABULARY = {tiny_vocabulary!r}\n')
+  words += [f'INITIAL_CHECKPOINT_PATH={folder}/base']
+  words += [f'TOKEN_ARRAYS={folder}/arrays', 'TRAIN_STEPS_RELATIVE=2']
+  assert cli.main([*words, 'MODEL_DIR=runs/a']) == 0
+  return tmp_path / 'runs' / 'a'
+
+
+def test_train_says_what_it_wrote(folder, tmp_path, capsys):
+  arguments = train_arguments(folder, tmp_path / 'a', TRAIN_STEPS_RELATIVE=1)
+  assert cli.main(arguments) == 0
+  printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert printed['step'] == printed['best_step'] == BASE_STEP + 1
+  assert str(tmp_path / 'a' / 'prompt' / 'prompt.npy') in printed['files']
+
+
+def test_a_runs_folder_is_enough_to_infer_and_export(
+  whole_run, folder, tiny_vocabulary, capsys
+):
+  words = [f'INPUT_FILE={folder}/texts.txt', 'OUTPUT_FILE=out.jsonl']
+  words += [f'VOCABULARY={tiny_vocabulary}', "infer.labels=['good', 'dull']"]
+  assert cli.main(['infer', 'runs/a', *words]) == 0
+  gin.clear_config()
+  capsys.readouterr()
+  assert cli.main(['export', 'runs/a', 'EXPORT_DIR=out']) == 0
+  assert 'out/prompt.npy' in json.loads(capsys.readouterr().out)['files']
+  gin.clear_config()
+  by_file = [w.replace('out.jsonl', 'again.jsonl') for w in words]
+  assert cli.main(['infer', 'runs/a', 'PROMPT_FILE=out', *by_file]) == 0
+  again = (whole_run.parents[1] / 'again.jsonl').read_text()
+  assert (whole_run.parents[1] / 'out.jsonl').read_text() == again
+
+
+def test_a_run_that_moved_is_still_enough(whole_run, capsys):
+  whole_run.rename(whole_run.with_name('b'))
+  assert cli.main(['export', 'runs/b', 'EXPORT_DIR=out']) == 0
+  assert 'out/prompt.npy' in json.loads(capsys.readouterr().out)['files']
 
 
 def fault(capsys, arguments, code=1):
@@ -210,7 +260,7 @@ def fault(capsys, arguments, code=1):
     ({'TRAIN_STEPS': 2, 'TRAIN_STEPS_RELATIVE': None}, [], ['not beyond']),
     ({'TRAIN_STEPS_RELATIVE': None}, [], ['TRAIN_STEPS_RELATIVE']),
     ({'TRAIN_STEPS': 99}, [], ['TRAIN_STEPS_RELATIVE', 'TRAIN_STEPS']),
-    ({}, ["--gin.train.trained=('prompts',)"], ["'prompts'"]),
+    ({}, ['--gin.train.methods=()'], ['methods is empty']),
     ({}, ['--gin.T5Config.vocab_size=20'], ['vocab']),
     ({}, ["--gin.T5Config.remat_policy='al'"], ['remat_policy', "'al'"]),
     ({}, ['--gin.T5Config.mlp_activations=("gel",)'], ['mlp_activations']),
@@ -311,6 +361,8 @@ def test_another_run_in_the_same_folder_is_refused_and_leaves_it_intact(
     (['--gin.MODEL_DIR=/tmp/x'], 'no quotes'),
     (['--gin_file=runs/prompt_tun.gin'], 'did you mean runs/prompt_tune.gin?'),
     (['--model_dir=x'], 'is not a flag'),
+    (['MODEL_DIRS=x'], 'did you mean MODEL_DIR?'),
+    (['runs/prompt_tun'], 'did you mean runs/prompt_tune?'),
   ],
 )
 def test_faults_of_usage_have_exit_code_two(folder, capsys, flags, words):
@@ -324,10 +376,10 @@ def test_faults_of_usage_have_exit_code_two(folder, capsys, flags, words):
   [
     ("train.learning_rate='x'", 'must be a number or a function (@name)'),
     ("Prompt.placement='front'", "'suffix' or 'around', got 'front'"),
-    ("train.model='t5'", 'must be @EncoderDecoderModel(), got'),
-    ('train.trained=3', 'must be a list, got 3'),
+    ("train.model='t5'", 'must be @EncoderDecoderModel()'),
+    ('train.methods=3', 'must be a list, got 3'),
     ('train.seed=0.5', 'must be a whole number, got 0.5'),
-    ('TokenArrayData.task_feature_lengths=8', 'must be a dictionary, got 8'),
+    ('TokenArrayData.feature_lengths=8', 'must be a dictionary, got 8'),
   ],
 )
 def test_a_value_of_another_type_is_refused(
@@ -352,6 +404,28 @@ def test_help_shows_an_example(name, capsys):
   except SystemExit as end:  # argparse's
     assert not end.code
   assert f'prompt-tuning {name} ' in capsys.readouterr().out
+
+
+def test_the_package_is_the_console_command():
+  command = [sys.executable, '-m', 'prompt_tuning', '--version']
+  printed = subprocess.run(command, check=True, capture_output=True, text=True)
+  assert printed.stdout.strip() == prompt_tuning.__version__
+
+
+def test_a_module_shadows_nothing_of_the_standard_library():
+  folder = pathlib.Path(prompt_tuning.__file__).parent
+  assert not {path.stem for path in folder.glob('*.py')} & {
+    name for name in sys.stdlib_module_names if not name.startswith('_')
+  }
+
+
+def test_a_stranger_to_the_files_is_one_line(tmp_path, capsys):
+  for arguments, code in (
+    (['inspect', f'{tmp_path}/none'], 1),
+    (['diff', f'{tmp_path}/none', f'{tmp_path}/other'], 2),
+    (['convert', f'{tmp_path}/none', f'{tmp_path}/out', '--to=numpy'], 1),
+  ):
+    assert f'{tmp_path}/none' in fault(capsys, arguments, code)
 
 
 def test_the_console_command_names_its_commands(capsys):

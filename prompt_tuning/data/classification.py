@@ -20,11 +20,12 @@ import string
 import seqio
 
 from prompt_tuning.data import metrics
-from prompt_tuning.data import task_data
 from prompt_tuning.data.postprocessors import LabelToId
+from prompt_tuning.data.records import Row
+from prompt_tuning.data.records import label_id
+from prompt_tuning.data.records import read_rows
 from prompt_tuning.data.sources import RowsSource
-from prompt_tuning.data.tables import Row
-from prompt_tuning.data.tables import read_rows
+from prompt_tuning.data.task import Task
 from prompt_tuning.data.vocabularies import EXTRA_IDS
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
@@ -87,7 +88,7 @@ def register_classification_task(
       rows.append(
         {
           'inputs': template.format(**row),
-          'targets': _label(row[label_field], labels, place),
+          'targets': labels[label_id(row[label_field], labels, place)],
         }
       )
     return rows
@@ -166,45 +167,27 @@ def _located_rows(name, split, rows) -> Iterable[tuple[str, Row]]:
   ]
 
 
-def _label(value, labels: tuple[str, ...], place: str) -> str:
-  """The word of a label given as a word or as its position."""
-  word = str(value).strip()
-  if word in labels:
-    return word
-  if word.isdecimal() and int(word) < len(labels):
-    return labels[int(word)]
-  raise UserError(
-    f'{place}: unknown label {value!r}; the labels are {", ".join(labels)}'
-  )
-
-
 def majority_class(
-  task_name: str,
-  split: str = 'test',
-  fit_split: str = 'train',
-  modules: Sequence[str] = (),
+  task: Task, split: str = 'test', fit_split: str = 'train'
 ) -> dict[str, float]:
   """The task's metrics if every answer is fit_split's most frequent target.
 
   The bar any training has to clear. Keys are the metrics' names.
   """
-  task = task_data.get_task(task_name, modules=modules)
   targets = {}
   for name in (split, fit_split):
-    # One id a feature is enough: the targets are compared as text.
-    lengths = dict.fromkeys(task.output_features, 1)
-    task_data.check_task(task, name, lengths)
-    dataset = task.get_dataset(
-      sequence_length=lengths, split=name, shuffle=False, num_epochs=1
+    found = task.checked(name)
+    dataset = found.get_dataset(
+      dict(task.feature_lengths), split=name, shuffle=False, num_epochs=1
     )
     targets[name] = [
       example['targets_pretokenized'].decode()
       for example in dataset.as_numpy_iterator()
     ]
   answer = Counter(targets[fit_split]).most_common(1)[0][0]
-  truth = [task.postprocess_fn(t, is_target=True) for t in targets[split]]
-  constant = [task.postprocess_fn(answer, is_target=False)] * len(truth)
+  truth = [found.postprocess_fn(t, is_target=True) for t in targets[split]]
+  constant = [found.postprocess_fn(answer, is_target=False)] * len(truth)
   result = {}
-  for metric in task.predict_metric_fns:
+  for metric in found.predict_metric_fns:
     result.update(metric(targets=truth, predictions=constant))
   return result

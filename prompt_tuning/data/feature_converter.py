@@ -28,7 +28,7 @@ class VirtualTokensFeatureConverter(seqio.EncDecFeatureConverter):
   `seqio.EncDecFeatureConverter`.
 
   An example chooses its prompt by an int scalar feature `prompt_index` (see
-  `task_data.get_task`); examples without one get prompt 0.
+  `Task.prompt_indices`); examples without one get prompt 0.
   """
 
   def __init__(

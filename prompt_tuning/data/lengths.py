@@ -12,7 +12,7 @@ import typing
 from jaxtyping import Int
 import numpy as np
 
-from prompt_tuning.data import task_data
+from prompt_tuning.data import task as task_lib
 from prompt_tuning.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -51,7 +51,7 @@ def measure(
     {'inputs': [N], 'targets': [N]}, in tokens, EOS included, virtual tokens
     not.
   """
-  with task_data.reading(task, split):
+  with task_lib.reading(task, split):
     dataset = task.get_dataset(
       sequence_length=None, split=split, shuffle=False, num_epochs=1
     )
@@ -96,7 +96,7 @@ def check_truncation(
     if split not in part.splits or cut_by_task(part):
       continue
     vocabulary = part.output_features['targets'].vocabulary
-    for word in task_data.class_labels(part) or ():
+    for word in task_lib.class_labels(part) or ():
       needed = len(vocabulary.encode(word)) + 1
       if needed > limits['targets']:
         raise UserError(

@@ -19,16 +19,20 @@ either; `scripts/prepare_data.py` writes TFDS data sets of them.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
+import re
 
 from prompt_tuning.data import glue
 from prompt_tuning.data import question_answering
 from prompt_tuning.data import super_glue
+from prompt_tuning.data.records import label_id
+from prompt_tuning.data.records import read_rows
+from prompt_tuning.data.records import read_text
+from prompt_tuning.data.records import require
 from prompt_tuning.data.sources import RowsSource
 from prompt_tuning.data.sources import Schema
-from prompt_tuning.data.tables import read_rows
-from prompt_tuning.data.tables import read_text
 from prompt_tuning.errors import UserError
 
 Rows = Iterator[dict]
@@ -39,13 +43,14 @@ class LocalData:
   """A data set in its authors' files.
 
   Attributes:
-    files: {split: the paths its file may have below LOCAL_DATA_DIR}.
+    files: {split: the paths its file may have below LOCAL_DATA_DIR}, of which
+      '{a,b}/c' are a/c and b/c.
     read: (path, labels) to rows of the schema.
     schema: of a row, TFDS's field names.
     labels: the names of `label` in the order of TFDS, () where it is no class.
   """
 
-  files: Mapping[str, Sequence[str]]
+  files: Mapping[str, str]
   read: Callable[[pathlib.Path, tuple[str, ...]], Rows]
   schema: Schema
   labels: tuple[str, ...] = ()
@@ -53,12 +58,10 @@ class LocalData:
   def present(self, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """{split: its file} for the splits whose file is there."""
     found = {}
-    for split, candidates in self.files.items():
-      paths = [
-        folder / name for name in candidates if (folder / name).is_file()
-      ]
-      if paths:
-        found[split] = paths[0]
+    for split, pattern in self.files.items():
+      for name in _expand(pattern):
+        if split not in found and (folder / name).is_file():
+          found[split] = folder / name
     return found
 
   def rows(self, folder: pathlib.Path, split: str) -> list[dict]:
@@ -91,7 +94,7 @@ def source(
   splits = splits or {split: split for split in data.files}
   names = {new: old for new, old in splits.items() if old in present}
   if not names:
-    wanted = [data.files[old][0] for old in splits.values()]
+    wanted = [_expand(data.files[old])[0] for old in splits.values()]
     raise UserError(
       f'LOCAL_DATA_DIR={folder} has no file of {name}; looked for '
       f'{", ".join(wanted)} and the like'
@@ -103,25 +106,14 @@ def source(
   )
 
 
-def _label(value, labels: Sequence[str], place: str) -> int:
-  """The number of a label given as word, truth value or number."""
-  word = str(value)
-  if word in labels:
-    return labels.index(word)
-  if word.isdecimal() and int(word) < len(labels):
-    return int(word)
-  raise UserError(
-    f'{place}: unknown label {value!r}; the labels are {", ".join(labels)}'
-  )
+def _expand(pattern: str) -> list[str]:
+  parts = [part.split(',') for part in re.split('[{}]', pattern)]
+  return [*map(''.join, itertools.product(*parts))]
 
 
-def _require(row: Mapping, names: Sequence[str], place: str) -> None:
-  for name in names:
-    if name not in row:
-      raise UserError(
-        f'{place}: the field {name!r} is required, the row has '
-        f'{", ".join(map(repr, row))}'
-      )
+def _class(label, labels: Sequence[str], place: str) -> int:
+  """The number of a label, -1 where there is none (test splits)."""
+  return -1 if label is None else label_id(label, labels, place)
 
 
 # GLUE's TSV files.
@@ -141,35 +133,24 @@ _GLUE_COLUMNS = {
   'wnli': ('WNLI', ('sentence1', 'sentence2'), 'label'),
   'ax': ('diagnostic', ('sentence2', 'sentence1'), 'label'),
 }
-_GLUE_FOLDERS = ('glue/', 'GLUE/', 'glue_data/', '')
 
 
-def _glue_files(name: str) -> dict[str, list[str]]:
-  def below(*files):
-    folder = _GLUE_COLUMNS[name][0]
-    return [f'{top}{folder}/{file}' for top in _GLUE_FOLDERS for file in files]
-
+def _glue_files(name: str) -> dict[str, str]:
+  splits = {'train': 'train', 'validation': 'dev', 'test': 'test'}
   if name == 'ax':
-    return {'test': below('diagnostic.tsv', 'test.tsv')}
-  if name == 'mnli':
-    return {
-      'train': below('train.tsv'),
-      'validation_matched': below('dev_matched.tsv'),
-      'validation_mismatched': below('dev_mismatched.tsv'),
-      'test_matched': below('test_matched.tsv'),
-      'test_mismatched': below('test_mismatched.tsv'),
-    }
-  if name.startswith('mnli_'):
-    kind = name.removeprefix('mnli_')
-    return {
-      'validation': below(f'dev_{kind}.tsv'),
-      'test': below(f'test_{kind}.tsv'),
-    }
-  return {
-    'train': below('train.tsv'),
-    'validation': below('dev.tsv'),
-    'test': below('test.tsv'),
-  }
+    splits = {'test': '{diagnostic,test}'}
+  elif name.startswith('mnli'):
+    held_out, kind = (('validation', 'dev'), ('test', 'test')), name[4:]
+    if kind:
+      splits = {split: file + kind for split, file in held_out}
+    else:
+      splits = {'train': 'train'} | {
+        split + kind: file + kind
+        for split, file in held_out
+        for kind in ('_matched', '_mismatched')
+      }
+  below = '{glue/,GLUE/,glue_data/,}' + _GLUE_COLUMNS[name][0]
+  return {split: f'{below}/{file}.tsv' for split, file in splits.items()}
 
 
 def _read_glue(
@@ -186,14 +167,12 @@ def _read_glue(
   ):
     if row is None:
       continue
-    _require(row, texts, place)
+    require(row, texts, place)
     example = {field: row[text] for field, text in zip(fields, texts)}
     if name == 'stsb':
       example['label'] = _number(row.get(label, '-1'), place)
-    elif label in row and row[label] != '':
-      example['label'] = _label(row[label], labels, place)
     else:
-      example['label'] = -1
+      example['label'] = _class(row.get(label) or None, labels, place)
     yield {**example, 'idx': number}
 
 
@@ -221,47 +200,39 @@ _SUPER_GLUE_FOLDERS = {
 _BOOLEAN = ('False', 'True')
 
 
-def _super_glue_files(name: str) -> dict[str, list[str]]:
+def _super_glue_files(name: str) -> dict[str, str]:
   folder = _SUPER_GLUE_FOLDERS[name]
-
-  def below(file):
-    tops = ('super_glue/', 'SuperGLUE/', '')
-    return [f'{top}{folder}/{file}.jsonl' for top in tops]
-
+  splits = {'train': 'train', 'validation': 'val', 'test': 'test'}
   if name in ('axb', 'axg'):
-    return {'test': below(folder)}
-  return {
-    'train': below('train'),
-    'validation': below('val'),
-    'test': below('test'),
-  }
+    splits = {'test': folder}
+  below = '{super_glue/,SuperGLUE/,}' + folder
+  return {split: f'{below}/{file}.jsonl' for split, file in splits.items()}
 
 
 def _read_fields(
   path: pathlib.Path, labels: tuple[str, ...], *, fields: Sequence[str]
 ) -> Rows:
   for place, row in read_rows(path):
-    _require(row, (*fields, 'idx'), place)
-    example = {field: row[field] for field in (*fields, 'idx')}
-    label = row.get('label')
+    require(row, (*fields, 'idx'), place)
     yield {
-      **example,
-      'label': -1 if label is None else _label(label, labels, place),
+      **{field: row[field] for field in (*fields, 'idx')},
+      'label': _class(row.get('label'), labels, place),
     }
 
 
 def _read_multirc(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
   for place, row in read_rows(path):
-    _require(row, ('passage', 'idx'), place)
-    _require(row['passage'], ('text', 'questions'), place)
+    require(row, ('passage', 'idx'), place)
+    require(row['passage'], ('text', 'questions'), place)
     for question in row['passage']['questions']:
       for answer in question['answers']:
         label = answer.get('label')
+        label = None if label is None else bool(label)
         yield {
           'paragraph': row['passage']['text'],
           'question': question['question'],
           'answer': answer['text'],
-          'label': -1 if label is None else _label(bool(label), labels, place),
+          'label': _class(label, labels, place),
           'idx': {
             'paragraph': row['idx'],
             'question': question['idx'],
@@ -273,7 +244,7 @@ def _read_multirc(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
 def _read_record(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
   del labels
   for place, row in read_rows(path):
-    _require(row, ('passage', 'qas', 'idx'), place)
+    require(row, ('passage', 'qas', 'idx'), place)
     text = row['passage']['text']
     entities = {
       text[entity['start'] : entity['end'] + 1]
@@ -292,20 +263,24 @@ def _read_record(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
 
 def _read_wsc(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
   for place, row in read_rows(path):
-    _require(row, ('text', 'target', 'idx'), place)
-    label = row.get('label')
+    require(row, ('text', 'target', 'idx'), place)
     example = {
       'text': row['text'],
       **{name: row['target'][name] for name in _WSC_SPANS},
       'idx': row['idx'],
-      'label': -1 if label is None else _label(label, labels, place),
+      'label': _class(row.get('label'), labels, place),
     }
     for span in ('span1', 'span2'):
       _mend_span(example, span)
     yield example
 
 
-_WSC_SPANS = ('span1_text', 'span1_index', 'span2_text', 'span2_index')
+_WSC_SPANS = {
+  'span1_text': str,
+  'span1_index': int,
+  'span2_text': str,
+  'span2_index': int,
+}
 
 
 def _mend_span(example: dict, span: str) -> None:
@@ -343,19 +318,14 @@ _MRQA_FILES = {
 }
 
 
-def _mrqa_files(name: str) -> dict[str, list[str]]:
-  def below(*folders):
-    file = _MRQA_FILES[name]
-    return [
-      f'{top}/{folder}/{file}.jsonl{ending}'
-      for top in ('mrqa', 'MRQA')
-      for folder in folders
-      for ending in ('.gz', '')
-    ]
-
+def _mrqa_files(name: str) -> dict[str, str]:
+  splits = {'train': 'train', 'validation': 'dev'}
   if name in question_answering.OUT_OF_DOMAIN:
-    return {'test': below('test', 'dev')}
-  return {'train': below('train'), 'validation': below('dev')}
+    splits = {'test': '{test,dev}'}
+  file = _MRQA_FILES[name] + '.jsonl{.gz,}'
+  return {
+    split: f'{{mrqa,MRQA}}/{folder}/{file}' for split, folder in splits.items()
+  }
 
 
 def _read_mrqa(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
@@ -366,9 +336,9 @@ def _read_mrqa(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
       f'{path}:1: the first line of an MRQA file is its header, got another'
     )
   for place, row in rows[1:]:
-    _require(row, ('context', 'qas'), place)
+    require(row, ('context', 'qas'), place)
     for question in row['qas']:
-      _require(question, ('qid', 'question', 'answers'), place)
+      require(question, ('qid', 'question', 'answers'), place)
       yield {
         'subset': rows[0][1]['header'].get('dataset', ''),
         'context': row['context'].strip(),
@@ -426,34 +396,36 @@ def _read_pronouns(path: pathlib.Path, labels: tuple[str, ...]) -> Rows:
     }
 
 
-def _super_glue_data(name: str) -> LocalData:
-  if name == 'multirc':
-    schema = {
+_SUPER_GLUE_READERS = {
+  'multirc': (
+    _read_multirc,
+    {
       **dict.fromkeys(('paragraph', 'question', 'answer'), str),
       'label': int,
       'idx': dict.fromkeys(('paragraph', 'question', 'answer'), int),
-    }
-    return LocalData(_super_glue_files(name), _read_multirc, schema, _BOOLEAN)
-  if name == 'record':
-    schema = {
-      'passage': str,
-      'query': str,
-      'entities': [str],
-      'answers': [str],
+    },
+    _BOOLEAN,
+  ),
+  'record': (
+    _read_record,
+    {
+      **dict.fromkeys(('passage', 'query'), str),
+      **dict.fromkeys(('entities', 'answers'), [str]),
       'idx': {'passage': int, 'query': int},
-    }
-    return LocalData(_super_glue_files(name), _read_record, schema)
-  if name == 'wsc.fixed':
-    schema = {
-      'text': str,
-      'span1_text': str,
-      'span1_index': int,
-      'span2_text': str,
-      'span2_index': int,
-      'label': int,
-      'idx': int,
-    }
-    return LocalData(_super_glue_files(name), _read_wsc, schema, _BOOLEAN)
+    },
+    (),
+  ),
+  'wsc.fixed': (
+    _read_wsc,
+    {'text': str, **_WSC_SPANS, 'label': int, 'idx': int},
+    _BOOLEAN,
+  ),
+}
+
+
+def _super_glue_data(name: str) -> LocalData:
+  if name in _SUPER_GLUE_READERS:
+    return LocalData(_super_glue_files(name), *_SUPER_GLUE_READERS[name])
   _, texts, labels, _, _ = super_glue.CLASSIFICATION[name]
   fields = [text.rpartition('=')[2] for text in texts]
   return LocalData(
@@ -498,8 +470,8 @@ DATA = {
   },
   'squad/v1.1': LocalData(
     {
-      'train': ('squad/train-v1.1.json', 'SQuAD/train-v1.1.json'),
-      'validation': ('squad/dev-v1.1.json', 'SQuAD/dev-v1.1.json'),
+      'train': '{squad,SQuAD}/train-v1.1.json',
+      'validation': '{squad,SQuAD}/dev-v1.1.json',
     },
     _read_squad,
     {
@@ -512,7 +484,7 @@ DATA = {
   ),
   'definite_pronoun_resolution': LocalData(
     {
-      split: (f'definite_pronoun_resolution/{split}.c.txt',)
+      split: f'definite_pronoun_resolution/{split}.c.txt'
       for split in ('train', 'test')
     },
     _read_pronouns,

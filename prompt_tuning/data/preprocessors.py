@@ -15,7 +15,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from prompt_tuning.data import token_arrays
+from prompt_tuning.data import objectives
 
 Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
 
@@ -47,16 +47,20 @@ def fields(
   pairs = [name.rpartition('=') for name in names]
 
   def convert(row):
-    parts = [prefix] if prefix else []
-    for word, _, field in pairs:
-      parts += [f'{word or field}:', row[field]]
+    texts = {f'{word or field}:': row[field] for word, _, field in pairs}
     return {
       'idx': row['idx'],
-      'inputs': tf.strings.join(parts, separator=' '),
+      'inputs': _joined(prefix, texts),
       'targets': _label(row['label'], labels),
     }
 
   return _map(convert)
+
+
+def _joined(prefix: str, texts: dict) -> tf.Tensor:
+  """'prefix name: text name: text', as T5 has it."""
+  parts = [part for pair in texts.items() for part in pair]
+  return tf.strings.join([prefix, *parts] if prefix else parts, separator=' ')
 
 
 def _label(label, labels: Sequence[str]):
@@ -64,18 +68,16 @@ def _label(label, labels: Sequence[str]):
   return tf.gather(words, tf.cast(label, tf.int64) + 1)
 
 
-def _map(convert: Callable) -> Preprocessor:
-  return seqio.map_over_dataset(convert)
+_map = seqio.map_over_dataset
 
 
 def stsb(prefix: str) -> Preprocessor:
   """The similarity rounded to a multiple of 0.2, half to even."""
 
   def convert(row):
-    parts = [prefix] if prefix else []
-    parts += ['sentence1:', row['sentence1'], 'sentence2:', row['sentence2']]
+    texts = {f'{name}:': row[name] for name in ('sentence1', 'sentence2')}
     return {
-      'inputs': tf.strings.join(parts, separator=' '),
+      'inputs': _joined(prefix, texts),
       'targets': tf.as_string(tf.round(row['label'] * 5) / 5, precision=1),
       'idx': row['idx'],
     }
@@ -87,16 +89,11 @@ def multirc(prefix: str) -> Preprocessor:
   """Question, one answer and the paragraph without its HTML tags."""
 
   def convert(row):
-    parts = [prefix] if prefix else []
-    for name in ('question', 'answer', 'paragraph'):
-      parts += [f'{name}:', row[name]]
-    text = tf.strings.join(parts, separator=' ')
+    names = ('question', 'answer', 'paragraph')
+    text = _joined(prefix, {f'{name}:': row[name] for name in names})
     text = tf.strings.regex_replace(text, '<br>', ' ')
     return {
-      **{
-        f'idx/{name}': row['idx'][name]
-        for name in ('paragraph', 'question', 'answer')
-      },
+      **{f'idx/{name}': row['idx'][name] for name in names},
       'inputs': tf.strings.regex_replace(text, '</?b>', ''),
       'targets': _label(row['label'], ('False', 'True')),
     }
@@ -112,10 +109,8 @@ def record(prefix: str) -> Preprocessor:
       row['passage'], '([.?!"\'])\n@highlight\n', r'\1 '
     )
     passage = tf.strings.regex_replace(passage, '\n@highlight\n', '. ')
-    parts = [prefix] if prefix else []
-    parts += ['query:', row['query']]
     entities = tf.strings.reduce_join(row['entities'], separator=', ')
-    parts += ['entities:', entities, 'passage:', passage]
+    texts = {'query:': row['query'], 'entities:': entities, 'passage:': passage}
     answers = row['answers']
     targets = tf.cond(
       tf.size(answers) > 0, lambda: answers, lambda: tf.constant([UNKNOWN])
@@ -123,7 +118,7 @@ def record(prefix: str) -> Preprocessor:
     example = {
       'idx/passage': row['idx']['passage'],
       'idx/query': row['idx']['query'],
-      'inputs': tf.strings.join(parts, separator=' '),
+      'inputs': _joined(prefix, texts),
       'answers': answers,
     }
     return tf.data.Dataset.from_tensor_slices({'targets': targets}).map(
@@ -208,46 +203,33 @@ def _spaced_punctuation(text):
   return tf.strings.regex_replace(text, r'\s+', ' ')
 
 
-def _question_and_context(row):
+def _answered(row, answers, **more):
+  """Question, context and the first of the answers, punctuation spaced."""
   question = _spaced_punctuation(row['question'])
   context = _spaced_punctuation(row['context'])
+  answers = _spaced_punctuation(answers)
   text = tf.strings.join(['question:', question, 'context:', context], ' ')
   return {
     'inputs': tf.strings.regex_replace(text, r'\s+', ' '),
+    'targets': answers[0],
     'question': question,
     'context': context,
+    'answers': answers,
+    **more,
   }
 
 
-def squad(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@_map
+def squad(row):
   """Question and context; the first answer is the target."""
-
-  def convert(row):
-    answers = _spaced_punctuation(row['answers']['text'])
-    return {
-      **_question_and_context(row),
-      'targets': answers[0],
-      'id': row['id'],
-      'answers': answers,
-    }
-
-  return _map(convert)(dataset)
+  return _answered(row, row['answers']['text'], id=row['id'])
 
 
-def mrqa(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@_map
+def mrqa(row):
   """As `squad`, of MRQA's schema."""
-
-  def convert(row):
-    answers = _spaced_punctuation(row['answers'])
-    return {
-      **_question_and_context(row),
-      'targets': answers[0],
-      'idx': row['qid'],
-      'answer': answers[0],
-      'answers': answers,
-    }
-
-  return _map(convert)(dataset)
+  found = _answered(row, row['answers'], idx=row['qid'])
+  return {**found, 'answer': found['targets']}
 
 
 def add_sentinel(
@@ -266,23 +248,6 @@ def add_sentinel(
 # Objectives of pre-training. All take tokenised documents in 'targets'.
 
 
-def _windows(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
-  """Ids in runs of `length`, cut from joined documents.
-
-  Documents are joined a hundred at a time, what is left over of a hundred is
-  dropped.
-  """
-
-  def cut(documents):
-    ids = documents.flat_values
-    windows = tf.size(ids) // length
-    return tf.data.Dataset.from_tensor_slices(
-      tf.reshape(ids[: windows * length], [windows, length])
-    )
-
-  return dataset.map(lambda row: row['targets']).ragged_batch(100).flat_map(cut)
-
-
 def _noised(
   dataset: tf.data.Dataset,
   window: int,
@@ -290,7 +255,18 @@ def _noised(
     [np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]
   ],
 ) -> tf.data.Dataset:
-  """Inputs and targets, EOS left to seqio, made of windows by numpy code."""
+  """Inputs and targets, EOS left to seqio, made of windows by numpy code.
+
+  Documents are joined a hundred at a time and cut into windows; what is left
+  over of a hundred is dropped.
+  """
+
+  def cut(documents):
+    ids = documents.flat_values
+    windows = tf.size(ids) // window
+    return tf.data.Dataset.from_tensor_slices(
+      tf.reshape(ids[: windows * window], [windows, window])
+    )
 
   def in_numpy(ids, seed):
     sides = noise(np.random.default_rng(seed.view(np.uint32)), ids)
@@ -304,7 +280,15 @@ def _noised(
       'targets': tf.ensure_shape(targets, [None]),
     }
 
-  return convert(_windows(dataset, window))
+  ids = dataset.map(lambda row: row['targets'])
+  return convert(ids.ragged_batch(100).flat_map(cut))
+
+
+def _spans(output_features: dict[str, seqio.Feature], rng, ids):
+  """Both sides of span corruption, without EOS."""
+  first_sentinel = output_features['inputs'].vocabulary.vocab_size - 1
+  inputs, targets = objectives.span_corruption(rng, ids, first_sentinel)
+  return inputs[:-1], targets[:-1]
 
 
 def span_corruption(
@@ -313,16 +297,10 @@ def span_corruption(
   sequence_length: dict[str, int],
 ) -> tf.data.Dataset:
   """T5's objective, noise density 0.15 and mean span 3 (Raffel et al. 2020)."""
-  first_sentinel = output_features['inputs'].vocabulary.vocab_size - 1
-
-  def noise(rng, ids):
-    inputs, targets = token_arrays.span_corruption(rng, ids, first_sentinel)
-    return inputs[:-1], targets[:-1]
-
-  window = token_arrays.span_corruption_window(
+  window = objectives.span_corruption_window(
     sequence_length['inputs'], sequence_length['targets']
   )
-  return _noised(dataset, window, noise)
+  return _noised(dataset, window, functools.partial(_spans, output_features))
 
 
 def prefix_lm(
@@ -332,7 +310,7 @@ def prefix_lm(
   inputs, targets = sequence_length['inputs'], sequence_length['targets']
 
   def noise(rng, ids):
-    left, right = token_arrays.prefix_lm(rng, ids, inputs, targets)
+    left, right = objectives.prefix_lm(rng, ids, inputs, targets)
     return left[:-1], right[:-1]
 
   return _noised(dataset, max(inputs, targets, 3) - 1, noise)
@@ -355,11 +333,9 @@ def text_infilling(
   sequence_length: dict[str, int],
 ) -> tf.data.Dataset:
   """BART's text infilling with T5's sentinels: the targets are the whole."""
-  first_sentinel = output_features['inputs'].vocabulary.vocab_size - 1
 
   def noise(rng, ids):
-    inputs, _ = token_arrays.span_corruption(rng, ids, first_sentinel)
-    return inputs[:-1], ids
+    return _spans(output_features, rng, ids)[0], ids
 
   return _noised(dataset, _whole_window(sequence_length), noise)
 

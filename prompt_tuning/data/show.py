@@ -20,8 +20,9 @@ from jaxtyping import Int  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prompt_tuning.data import lengths  # noqa: E402
-from prompt_tuning.data import task_data  # noqa: E402
 from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter  # noqa: E402
+from prompt_tuning.data.task import Task  # noqa: E402
+from prompt_tuning.data.task_data import TaskData  # noqa: E402
 from prompt_tuning.data.virtual_tokens import PLACEMENTS  # noqa: E402
 from prompt_tuning.data.virtual_tokens import VirtualTokens  # noqa: E402
 from prompt_tuning.errors import UserError  # noqa: E402
@@ -72,6 +73,16 @@ def histogram(values: Int[np.ndarray, 'N'], limit: int) -> Iterator[str]:
   yield f'  cut at {"  ".join(shares)}'
 
 
+def _task(arguments: argparse.Namespace) -> Task:
+  return Task(
+    arguments.task,
+    {'inputs': arguments.inputs, 'targets': arguments.targets},
+    vocabulary=arguments.vocabulary,
+    modules=arguments.modules,
+    local_data_dir=arguments.local_data_dir,
+  )
+
+
 def _virtual_tokens(
   arguments: argparse.Namespace, vocabulary
 ) -> VirtualTokens | None:
@@ -88,14 +99,9 @@ def show(arguments: argparse.Namespace) -> Iterator[str]:
   """The lines of the report."""
   import seqio
 
-  limits = {'inputs': arguments.inputs, 'targets': arguments.targets}
-  task = task_data.get_task(
-    arguments.task,
-    modules=arguments.modules,
-    vocabulary=arguments.vocabulary,
-    local_data_dir=arguments.local_data_dir,
-  )
-  task_data.check_task(task, arguments.split, limits)
+  stated = _task(arguments)
+  limits = stated.feature_lengths
+  task = stated.checked(arguments.split)
   for part in seqio.get_subtasks(task):
     if arguments.split not in part.splits:
       continue
@@ -144,16 +150,8 @@ def show(arguments: argparse.Namespace) -> Iterator[str]:
 
 def throughput(arguments: argparse.Namespace, batches: int = 300) -> str:
   """A line on how fast training batches come, those of 32 examples."""
-  data = task_data.TaskData(
-    arguments.task,
-    {'inputs': arguments.inputs, 'targets': arguments.targets},
-    batch_size=32,
-    split=arguments.split,
-    vocabulary=arguments.vocabulary,
-    modules=arguments.modules,
-    local_data_dir=arguments.local_data_dir,
-  )
-  vocabulary = data.task().output_features['inputs'].vocabulary
+  data = TaskData(_task(arguments), batch_size=32, split=arguments.split)
+  vocabulary = data.task.seqio().output_features['inputs'].vocabulary
   virtual_tokens = _virtual_tokens(arguments, vocabulary)
   stream = data.batches(virtual_tokens=virtual_tokens, seed=0)
   for _ in range(20):  # buffers fill first

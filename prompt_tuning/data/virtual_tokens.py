@@ -140,3 +140,13 @@ def encoder_row(
   row = np.full(encoder_length(inputs_length, virtual_tokens), PAD_ID, np.int32)
   row[: len(ids)] = ids
   return row
+
+
+def target_rows(
+  texts: Sequence[Sequence[int]], eos_id: int = EOS_ID
+) -> Int[np.ndarray, 'C L']:
+  """The decoder's targets for texts without EOS: EOS added, padded."""
+  rows = np.full((len(texts), 1 + max(map(len, texts))), PAD_ID, np.int32)
+  for row, ids in zip(rows, texts, strict=True):
+    row[: len(ids) + 1] = [*ids, eos_id]
+  return rows

@@ -131,11 +131,7 @@ class Vocabulary:
 
   def piece(self, token: int) -> str:
     """The piece of an id, as SentencePiece writes it (▁ for a space)."""
-    if not 0 <= token < self.size:
-      raise UserError(
-        f'the vocabulary {self.path} has {self.size} ids, id {token} was '
-        'asked for'
-      )
+    _check_id(self, token)
     return self._processor.IdToPiece(int(token))
 
   def seqio(self):
@@ -187,11 +183,7 @@ class ByteVocabulary:
 
   def piece(self, token: int) -> str:
     """How a byte is written: the character or <0xNN>."""
-    if not 0 <= token < self.size:
-      raise UserError(
-        f'the vocabulary {self.path} has {self.size} ids, id {token} was '
-        'asked for'
-      )
+    _check_id(self, token)
     byte = token - 3
     return chr(byte) if 32 <= byte < 127 else f'<0x{max(byte, 0):02x}>'
 
@@ -200,6 +192,14 @@ class ByteVocabulary:
     import seqio
 
     return seqio.ByteVocabulary()
+
+
+def _check_id(vocabulary: Vocabulary | ByteVocabulary, token: int) -> None:
+  if not 0 <= token < vocabulary.size:
+    raise UserError(
+      f'the vocabulary {vocabulary.path} has {vocabulary.size} ids, id {token} '
+      'was asked for'
+    )
 
 
 def bundled_vocabularies() -> list[str]:

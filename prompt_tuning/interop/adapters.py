@@ -1,12 +1,12 @@
-"""Prompts in the formats of other systems: PEFT adapters, tables for serving.
+"""Prompts and other methods in the formats of other systems: PEFT, serving.
 
 PEFT's prompt tuning prepends to a T5's encoder, as ours does with a prompt as
 prefix. It stores [num_transformer_submodules * P, E], of which the encoder uses
-the first P rows; ours are written with one submodule, [P, E].
+the first P rows; ours are written with one submodule, [P, E]. Its LoRA and IA3
+hold arrays by the name of the module they act on, as Hugging Face calls it.
 """
 
-from collections.abc import Mapping, Sequence
-import io
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -14,10 +14,18 @@ from typing import Any
 
 from jaxtyping import Float
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop import faults
+from prompt_tuning.interop import hugging_face
+from prompt_tuning.interop.hugging_face_writing import write_json
+from prompt_tuning.methods.ia3 import IA3
+from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.models.network import T5Config
+from prompt_tuning.training import tensor_files
+from prompt_tuning.training.trained import Trained
 
 ADAPTER_CONFIG = 'adapter_config.json'
 ADAPTER = 'adapter_model.safetensors'
@@ -47,16 +55,9 @@ def load_peft(
   """
   folder = pathlib.Path(folder)
   file = folder / ADAPTER_CONFIG
-  try:
+  with faults.reading(file, 'no PEFT configuration (peft_type)'):
     config = json.loads(file.read_text('utf-8'))
-    kind, length = config['peft_type'], config['num_virtual_tokens']
-    if not isinstance(length, int) or length < 1:
-      raise ValueError(f'num_virtual_tokens {length!r}')
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f'cannot read {file} ({" ".join(str(error).split())[:120]}); a PEFT '
-      'configuration with peft_type and num_virtual_tokens is required'
-    ) from error
+    kind = config['peft_type']
   if kind not in _TYPES:
     raise UserError(
       f'{folder} is a PEFT adapter of type {kind}; prompts are '
@@ -67,18 +68,13 @@ def load_peft(
       f'{folder} has no {ADAPTER}; save the adapter again with '
       'safe_serialization=True'
     )
-  try:
-    with safetensors.safe_open(folder / ADAPTER, framework='numpy') as opened:
-      if _EMBEDDINGS not in opened.keys():
-        raise ValueError(f'no array {_EMBEDDINGS}')
-      table = opened.get_tensor(_EMBEDDINGS)
-  except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise UserError(
-      f'cannot read {folder / ADAPTER} ({" ".join(str(error).split())[:120]});'
-      ' the file is damaged or of another kind'
-    ) from error
-  submodules = config.get('num_transformer_submodules') or 2
-  allowed = (length, length * submodules)
+  with faults.reading(folder):
+    length = config['num_virtual_tokens']
+    submodules = config.get('num_transformer_submodules') or 2
+    if not isinstance(length, int) or length < 1:
+      raise ValueError(f'num_virtual_tokens is {length!r}')
+    table = np.asarray(tensor_files.read(folder / ADAPTER)[0][_EMBEDDINGS])
+    allowed = (length, length * submodules)
   if table.ndim != 2 or len(table) not in allowed:
     raise UserError(
       f'{folder / ADAPTER} has shape {list(table.shape)}, the configuration '
@@ -92,50 +88,141 @@ def load_peft(
 
 
 def save_peft(
-  folder: str | os.PathLike,
-  table: Float[np.ndarray, 'P E'],
-  *,
-  base: str,
-  num_layers: int,
-  num_heads: int,
+  folder: str | os.PathLike, trained: Trained, *, base: str, config: T5Config
 ) -> list[pathlib.Path]:
   """Writes a PEFT adapter that `peft.PeftModel.from_pretrained` loads.
 
   Args:
     folder: created if need be.
-    table: one prompt, which stands in front of the text.
+    trained: a prompt, LoRA or IA3.
     base: the Hugging Face model it belongs to, a path or an id.
-    num_layers: of the base's encoder.
-    num_heads: of its attention.
+    config: the base's network.
 
   Returns:
     The two files.
 
   Raises:
-    UserError: if they cannot be written.
+    UserError: PEFT has nothing that acts like it, or they cannot be written.
   """
-  folder = pathlib.Path(folder).expanduser()
-  length, embed = table.shape
-  config = {
+  if type(trained.method) not in _ADAPTERS:
+    names = ', '.join(method.collection for method in _ADAPTERS)
+    raise UserError(
+      f'peft has an adapter for {names}, got {trained.method.collection}'
+    )
+  adapter = _ADAPTERS[type(trained.method)]
+  arrays, facts = adapter(trained.method, trained.arrays, config)
+  facts |= {
     'auto_mapping': None,
     'base_model_name_or_path': base,
     'inference_mode': True,
-    'num_attention_heads': num_heads,
-    'num_layers': num_layers,
+    'revision': None,
+    'task_type': 'SEQ_2_SEQ_LM',
+  }
+  folder = pathlib.Path(folder).expanduser()
+  tensor_files.write(folder / ADAPTER, arrays, {'format': 'pt'}, 'float32')
+  write_json(folder / ADAPTER_CONFIG, dict(sorted(facts.items())))
+  return [folder / ADAPTER, folder / ADAPTER_CONFIG]
+
+
+def _of_prompt(
+  method: Prompt, arrays: Mapping[str, Any], config: T5Config
+) -> tuple[dict, dict]:
+  table = one_prompt(arrays['table'], 'the prompt', config.emb_dim)
+  if method.placement != 'prefix':
+    raise UserError(
+      'PEFT puts a prompt in front of the text, this one stands as '
+      f'{method.placement}'
+    )
+  return {_EMBEDDINGS: table}, {
+    'num_attention_heads': config.num_heads,
+    'num_layers': config.num_encoder_layers,
     'num_transformer_submodules': 1,
-    'num_virtual_tokens': length,
+    'num_virtual_tokens': len(table),
     'peft_type': 'PROMPT_TUNING',
     'prompt_tuning_init': 'RANDOM',
     'prompt_tuning_init_text': None,
-    'revision': None,
-    'task_type': 'SEQ_2_SEQ_LM',
-    'token_dim': embed,
+    'token_dim': config.emb_dim,
     'tokenizer_name_or_path': None,
   }
-  array = np.ascontiguousarray(table, np.float32)
-  data = safetensors.numpy.save({_EMBEDDINGS: array}, metadata={'format': 'pt'})
-  text = json.dumps(config, indent=2, sort_keys=True) + '\n'
-  return _write(folder, {ADAPTER: data, ADAPTER_CONFIG: text.encode('utf-8')})
+
+
+def _of_lora(
+  method: Lora, arrays: Mapping[str, Any], config: T5Config
+) -> tuple[dict, dict]:
+  """A is [r, I] there and B [O, r], as torch's kernels are."""
+  del config
+  found = {}
+  for path, array in arrays.items():
+    place, _, name = path.rpartition('/')
+    key = f'{_module(place)}.lora_{name.upper()}.weight'
+    found[key] = np.asarray(array).T
+  return found, {
+    'bias': 'none',
+    'fan_in_fan_out': False,
+    'lora_alpha': method.alpha,
+    'lora_dropout': 0.0,
+    'peft_type': 'LORA',
+    'r': method.rank,
+    'target_modules': _targets(arrays),
+  }
+
+
+def _of_ia3(
+  method: IA3, arrays: Mapping[str, Any], config: T5Config
+) -> tuple[dict, dict]:
+  """A scale of outputs is a column there, one of inputs a row."""
+  del config
+  found = {}
+  inputs = [path for path in arrays if path.split('/')[-2] in method.inputs]
+  for path, array in arrays.items():
+    shape = (1, -1) if path in inputs else (-1, 1)
+    key = f'{_module(path.rpartition("/")[0])}.ia3_l'
+    found[key] = np.asarray(array).reshape(shape)
+  return found, {
+    'fan_in_fan_out': False,
+    'feedforward_modules': _targets(inputs),
+    'peft_type': 'IA3',
+    'target_modules': _targets(arrays),
+  }
+
+
+_ADAPTERS = {Prompt: _of_prompt, Lora: _of_lora, IA3: _of_ia3}
+
+
+def _module(place: str) -> str:
+  """PEFT's name of the module of a projection, from its T5X path."""
+  name = hugging_face.their_name(f'{place}/kernel')
+  return f'base_model.model.{name.removesuffix(".weight")}'
+
+
+def _targets(paths: Iterable[str]) -> list[str]:
+  """What PEFT finds the modules of arrays by: the ends of their names."""
+  places = {path.rpartition('/')[0] for path in paths}
+  return sorted({_module(place).rpartition('.')[2] for place in places})
+
+
+def one_prompt(
+  table: Float[Any, 'K P E'], source: str, embed: int | None = None
+) -> Float[np.ndarray, 'P E']:
+  """The rows of a table of one prompt.
+
+  Args:
+    table: its array.
+    source: what errors call it.
+    embed: the E that is needed; None: any.
+
+  Raises:
+    UserError: there are several, or of another E.
+  """
+  if len(table) != 1:
+    raise UserError(
+      f'{source} is a table of {len(table)} prompts; give a file of one'
+    )
+  if embed is not None and table.shape[2] != embed:
+    raise UserError(
+      f'{source} has embed {table.shape[2]}, the model needs {embed}'
+    )
+  return np.asarray(table)[0]
 
 
 def save_serving_table(
@@ -160,23 +247,8 @@ def save_serving_table(
   table = np.zeros((len(prompts), longest, widths.pop()), np.float32)
   for row, prompt in zip(table, prompts, strict=True):
     row[: len(prompt)] = prompt
-  data = io.BytesIO()
-  np.save(data, table, allow_pickle=False)
-  return _write(file.parent, {file.name: data.getvalue()})[0]
-
-
-def _write(
-  folder: pathlib.Path, files: Mapping[str, bytes]
-) -> list[pathlib.Path]:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-      unfinished = folder / f'{name}.unfinished'
-      unfinished.write_bytes(data)
-      unfinished.replace(folder / name)
-  except OSError as error:
-    raise UserError(
-      f'cannot write {folder}: {error.strerror}; free the disk or choose '
-      'another folder'
-    ) from error
-  return [folder / name for name in files]
+  with faults.writing(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(file, 'wb') as opened:
+      np.save(opened, table, allow_pickle=False)
+  return file

@@ -4,39 +4,24 @@ Our safetensors files hold T5X paths ('encoder/layers_0/mlp/wo/kernel') in
 float32 or bfloat16 and say in their metadata to which step they were trained.
 """
 
-from collections.abc import Iterator, Mapping
-import contextlib
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import os
 import pathlib
 from typing import Any
 
-from flax import traverse_util
-import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
-import safetensors
-import safetensors.numpy
-
 import prompt_tuning
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import hugging_face
 from prompt_tuning.interop import t5x
-from prompt_tuning.training import checkpoints
-from prompt_tuning.training.checkpoints import BaseCheckpoint
-from prompt_tuning.training.checkpoints import LazyArray
+from prompt_tuning.methods.model_tuning import ModelTuning
+from prompt_tuning.models import parameters
+from prompt_tuning.training import tensor_files
+from prompt_tuning.training import trained as trained_lib
+from prompt_tuning.training.base import BaseCheckpoint
 
 SAFETENSORS = 'model.safetensors'
-
-_DTYPES = {
-  'F64': np.dtype(np.float64),
-  'F32': np.dtype(np.float32),
-  'F16': np.dtype(np.float16),
-  'BF16': np.dtype(ml_dtypes.bfloat16),
-  'I32': np.dtype(np.int32),
-  'I64': np.dtype(np.int64),
-}
 
 
 def bundled_folder() -> pathlib.Path:
@@ -78,12 +63,12 @@ def load_checkpoint(
     raise UserError(f'cannot read {name}: {_FORMATS}')
   if hugging_face.is_model(name):
     return hugging_face.open_model(name, step)
+  if run := _open_run(name, step):
+    return run
   if t5x.is_checkpoint(name):
     base = t5x.open_checkpoint(name)
     return base if step is None else dataclasses.replace(base, step=step)
   if not found.is_dir():
-    if '://' in name and (run := checkpoints.open_run(name, step)):
-      return run
     if hugging_face.is_hub_id(name):
       base = hugging_face.open_model(hugging_face.download(name), step)
       return dataclasses.replace(base, path=name)
@@ -96,19 +81,39 @@ def load_checkpoint(
     )
   if (found / SAFETENSORS).is_file():
     return _open_safetensors(name, found / SAFETENSORS, step)
-  run = checkpoints.open_run(name, step)
-  if run is not None:
-    return run
   files = sorted(found.glob('*.safetensors'))
   if len(files) == 1:
     return _open_safetensors(name, files[0], step)
   raise UserError(f'{name} holds no checkpoint: {_FORMATS}')
 
 
+def open_checkpoint(path: str | os.PathLike) -> BaseCheckpoint:
+  """`load_checkpoint` where nobody counts steps: a file need not say any."""
+  try:
+    return load_checkpoint(path)
+  except UserError:
+    return load_checkpoint(path, 0)
+
+
 _FORMATS = (
   f'a folder with {SAFETENSORS} of this package, the MODEL_DIR of a run that '
   'trained params, a T5X checkpoint or a Hugging Face T5 is required'
 )
+
+
+def _open_run(name: str, step: int | None) -> BaseCheckpoint | None:
+  """The parameters that one of our own runs trained: its best, or a step's."""
+  if not trained_lib.of_run(name):
+    return None
+  found = trained_lib.of_run(name, step)
+  for one in found:
+    if one.is_base:
+      return one.as_base()
+  names = ', '.join(one.method.collection for one in found)
+  raise UserError(
+    f'{name} trained {names}, a base checkpoint needs {parameters.PARAMS}: give'
+    ' the base that run started from'
+  )
 
 
 def save_base(
@@ -121,7 +126,7 @@ def save_base(
   """Writes parameters as one safetensors file.
 
   Args:
-    path: a .safetensors file, or a folder that gets `model.safetensors`.
+    path: the folder that gets `model.safetensors`.
     params: nested dict, or a mapping of T5X paths (lazy arrays too).
     step: to which they were trained; runs on them count from there.
     metadata: further facts, written as text; None is left out.
@@ -133,86 +138,23 @@ def save_base(
   Raises:
     UserError: if it cannot be written.
   """
-  if '://' in os.fspath(path):
-    raise UserError(
-      f'a model is written to a folder of this machine, got {path}; copy it'
-      ' there afterwards'
-    )
-  file = pathlib.Path(path).expanduser()
-  if file.suffix != '.safetensors':
-    file = file / SAFETENSORS
-  flat = traverse_util.flatten_dict(dict(params), sep='/')
-  arrays = {}
-  for name in sorted(flat):
-    array = np.asarray(flat[name])
-    if dtype is not None:
-      array = array.astype(jnp.dtype(dtype))
-    arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
-  facts = {
-    **(metadata or {}),
-    'format': 'prompt_tuning',
-    'step': int(step),
-    'fingerprint': checkpoints.fingerprint(arrays),
-    'prompt_tuning_version': prompt_tuning.__version__,
-  }
-  facts = {k: str(v) for k, v in facts.items() if v is not None}
-  unfinished = file.with_name(file.name + '.unfinished')
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(arrays, unfinished, metadata=facts)
-    unfinished.replace(file)
-  except (OSError, safetensors.SafetensorError) as error:
-    with contextlib.suppress(OSError):
-      unfinished.unlink(missing_ok=True)
-    reason = getattr(error, 'strerror', None) or str(error)
-    raise UserError(
-      f'cannot write {file}: {reason}; free the disk or choose another folder'
-    ) from error
-  return file
+  facts = {**(metadata or {}), 'step': int(step)}
+  model = trained_lib.Trained(ModelTuning(), parameters.flatten(params), facts)
+  return trained_lib.save_trained(path, model, dtype)[0]
 
 
 def _open_safetensors(
   name: str, file: pathlib.Path, step: int | None
 ) -> BaseCheckpoint:
-  with _reading(file):
-    with safetensors.safe_open(file, framework='numpy') as opened:
-      metadata = dict(opened.metadata() or {})
-      arrays = {}
-      for key in opened.keys():
-        part = opened.get_slice(key)
-        arrays[key] = LazyArray(
-          tuple(part.get_shape()),
-          _dtype(file, key, part.get_dtype()),
-          hugging_face.safetensors_reader(file, key),
-        )
+  arrays, metadata = tensor_files.read(file)
   if not any('/' in key for key in arrays):
     raise UserError(f'{file} holds no T5 of this package: {_FORMATS}')
-  saved = metadata.get('step')
-  if step is None and saved is None:
-    raise UserError(
-      f'{file} does not say to which step it was trained; bind '
-      'load_checkpoint.step'
-    )
-  with _reading(file):
-    step = int(saved) if step is None else step
+  if step is None:
+    saved = metadata.get('step', '')
+    if not saved.isdigit():
+      raise UserError(
+        f'{file} does not say to which step it was trained; bind '
+        'load_checkpoint.step'
+      )
+    step = int(saved)
   return BaseCheckpoint(name, step, arrays, metadata)
-
-
-def _dtype(file: pathlib.Path, key: str, name: str) -> np.dtype:
-  if name not in _DTYPES:
-    raise UserError(
-      f'{file} stores {key} as {name}; this package reads {", ".join(_DTYPES)}'
-    )
-  return _DTYPES[name]
-
-
-@contextlib.contextmanager
-def _reading(file: pathlib.Path) -> Iterator[None]:
-  try:
-    yield
-  except (OSError, ValueError, safetensors.SafetensorError) as error:
-    reason = ' '.join(str(error).split())[:120]
-    raise UserError(
-      f'cannot read {file} ({reason}); the file is damaged or of another '
-      'kind, get it again'
-    ) from error

@@ -1,6 +1,7 @@
 """From one format of models or prompts to another, and reports on them."""
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import os
 import pathlib
 import re
@@ -8,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning import files
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
 from prompt_tuning.interop import base_checkpoints
-from prompt_tuning.interop import hugging_face
+from prompt_tuning.interop import hugging_face_writing
 from prompt_tuning.interop import prompts
 from prompt_tuning.interop import t5x
-from prompt_tuning.training import checkpoints
+from prompt_tuning.models import parameters
+from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.trained import Trained
 
 MODEL_FORMATS = ('safetensors', 't5x', 'hugging_face', 'prompt_tokens')
 PROMPT_FORMATS = ('numpy', 'peft', 'serving_table')
@@ -27,6 +31,7 @@ def convert(
   to: str,
   *,
   prompt: str | None = None,
+  trained: str | None = None,
   base: str | None = None,
   vocabulary: str | None = None,
   step: int | None = None,
@@ -35,14 +40,17 @@ def convert(
   """Writes a model or prompts in another format.
 
   Args:
-    sources: one model, one prompt, or for a serving table several prompts, in
-      any format that INITIAL_CHECKPOINT_PATH or PROMPT_FILE takes.
+    sources: one model, one prompt or LoRA or IA3, or for a serving table
+      several prompts, in any format that INITIAL_CHECKPOINT_PATH or PROMPT_FILE
+      takes.
     output: the folder, or file for 'serving_table', to write.
     to: of a model: 'safetensors' (this package's), 't5x' (with `prompt` folded
       in), 'hugging_face', 'prompt_tokens' (a Hugging Face model with `prompt`
       in its vocabulary). Of a prompt: 'numpy' (.npy and .safetensors), 'peft'
-      (needs `base`), 'serving_table' (TensorRT-LLM).
+      (needs `base`; of LoRA and IA3 too), 'serving_table' (TensorRT-LLM).
     prompt: for 't5x' and 'prompt_tokens'.
+    trained: of a model's formats: a run, file or folder of what methods trained
+      on it (LoRA, IA3), which is folded into its parameters.
     base: the model that a PEFT adapter belongs to.
     vocabulary: written beside a Hugging Face model.
     step: of a model that does not say it.
@@ -62,16 +70,18 @@ def convert(
   if len(sources) > 1 and to != 'serving_table':
     raise UserError(f'{to} is made of one source, got {len(sources)}')
   if to in PROMPT_FORMATS:
-    return [str(f) for f in _convert_prompt(sources, output, to, base, step)]
+    if trained is not None:
+      raise UserError(f'{to} is made of one source; leave --trained away')
+    return [str(f) for f in _convert_prompt(sources, output, to, base)]
   model = base_checkpoints.load_checkpoint(sources[0], step)
-  arrays = checkpoints.unrolled(model.arrays)
+  if trained is not None:
+    model = _folded(model, trained)
+  arrays = parameters.unrolled(model.arrays)
   rows = None
   if prompt is not None:
-    rows = _single(prompt, arrays['token_embedder/embedding'].shape[1])
-  elif to == 'prompt_tokens':
-    raise UserError('prompt_tokens needs --prompt')
-  if prompt is not None and to not in ('t5x', 'prompt_tokens'):
-    raise UserError(f'{to} has no place for a prompt; convert it by itself')
+    if to not in ('t5x', 'prompt_tokens'):
+      raise UserError(f'{to} has no place for a prompt; convert it by itself')
+    rows = _rows(prompt, arrays['token_embedder/embedding'].shape[1])
   if to == 't5x':
     written = [t5x.write_checkpoint(output, arrays, model.step, rows, dtype)]
   elif to == 'safetensors':
@@ -80,58 +90,78 @@ def convert(
     ]
   elif to == 'hugging_face':
     file = load_vocabulary(vocabulary).path if vocabulary else None
-    written = hugging_face.save_model(
+    written = hugging_face_writing.save_model(
       output, arrays, model.step, dtype=dtype, vocabulary_file=file
     )
   else:
+    if rows is None:
+      raise UserError('prompt_tokens needs --prompt')
     if vocabulary is None:
       raise UserError("prompt_tokens needs --vocabulary, the model's")
-    written = hugging_face.save_with_prompt_tokens(
+    written = hugging_face_writing.save_with_prompt_tokens(
       output, arrays, model.step, rows, load_vocabulary(vocabulary), dtype=dtype
     )
   return [str(file) for file in written]
 
 
-def _convert_prompt(sources, output, to, base, step) -> list[pathlib.Path]:
+def _convert_prompt(sources, output, to, base) -> list[pathlib.Path]:
   if to == 'serving_table':
-    return [
-      adapters.save_serving_table(output, [_single(name) for name in sources])
-    ]
-  table, metadata = prompts.load_prompt(sources[0])
+    rows = [_rows(source) for source in sources]
+    return [adapters.save_serving_table(output, rows)]
   if to == 'numpy':
-    return prompts.save_prompt(output, table, metadata)
-  if metadata.get('placement', 'prefix') != 'prefix':
-    raise UserError(
-      f'PEFT puts a prompt in front of the text, {sources[0]} stands as '
-      f'{metadata["placement"]}'
-    )
+    return prompts.save_prompt(output, *prompts.load_prompt(sources[0]))
+  found = prompts.load_trained(sources[0])
+  if len(found) != 1:
+    names = ', '.join(one.method.collection for one in found)
+    raise UserError(f'peft is made of one method, {sources[0]} holds {names}')
   if base is None:
     raise UserError('peft needs --base, the Hugging Face model it belongs to')
-  arrays = checkpoints.unrolled(
-    base_checkpoints.load_checkpoint(base, 0 if step is None else step).arrays
-  )
-  config = hugging_face.config_of(arrays)
-  return adapters.save_peft(
-    output,
-    _single(sources[0], config['d_model']),
-    base=base,
-    num_layers=config['num_layers'],
-    num_heads=config['num_heads'],
-  )
+  model = base_checkpoints.open_checkpoint(base)
+  _check_base(found[0], model, sources[0])
+  return adapters.save_peft(output, found[0], base=base, config=model.config())
 
 
-def _single(path: str, embed: int | None = None) -> np.ndarray:
+def _rows(source: str, embed: int | None = None) -> np.ndarray:
   """The rows [P, E] of a file with one prompt."""
-  table, _ = prompts.load_prompt(path)
-  if len(table) != 1:
+  table, _ = prompts.load_prompt(source)
+  return adapters.one_prompt(table, source, embed)
+
+
+def _folded(base: BaseCheckpoint, source: str) -> BaseCheckpoint:
+  """A base that acts as this one does with what was trained on it."""
+  found = prompts.load_trained(source)
+  for one in found:
+    if one.is_base:
+      base = one.as_base()
+  params = parameters.unrolled(base.arrays)
+  # The last method acts first, the one before it on what that gives.
+  for one in reversed([one for one in found if not one.is_base]):
+    _check_base(one, base, source)
+    name = one.method.collection
+    try:
+      folded = one.method.fold(params, one.arrays)
+    except (KeyError, ValueError) as error:
+      raise UserError(
+        f'the {name} of {source} does not fit {base.path} '
+        f'({files.reason(error)}): give the base that it was trained on'
+      ) from error
+    if folded is None:
+      raise UserError(
+        f'no plain T5 acts as one with the {name} of {source}; --trained folds'
+        ' LoRA and IA3, --prompt takes a prompt'
+      )
+    params = folded
+  return dataclasses.replace(base, arrays=params)
+
+
+def _check_base(one: Trained, base: BaseCheckpoint, source: str) -> None:
+  wanted = one.facts.get('base_fingerprint')
+  if wanted not in (None, base.fingerprint()):
     raise UserError(
-      f'{path} is a table of {len(table)} prompts; give a file of one'
+      f'the {one.method.collection} of {source} was trained on '
+      f'{one.facts.get("base", "another base")} (fingerprint {wanted}), got '
+      f'{base.path} (fingerprint {base.fingerprint()}): give that base'
     )
-  if embed is not None and table.shape[2] != embed:
-    raise UserError(
-      f'{path} has embed {table.shape[2]}, the model needs {embed}'
-    )
-  return table[0]
 
 
 # Reports.
@@ -139,33 +169,25 @@ def _single(path: str, embed: int | None = None) -> np.ndarray:
 
 def open_any(path: str) -> tuple[str, dict, dict]:
   """(kind, arrays by path, facts) of whatever is at a path."""
-  try:
-    # Which may have a prompt in it, and is a model for all that.
-    if t5x.is_checkpoint(path):
-      raise UserError(f'{path} is a T5X checkpoint')
-    table, facts = prompts.load_prompt(path)
-  except UserError as not_a_prompt:
+  found = ()
+  # A T5X checkpoint may have a prompt in it, and is a model for all that.
+  if not t5x.is_checkpoint(path):
     try:
-      # Their files do not say a step, and a report does not need one.
-      base = base_checkpoints.load_checkpoint(path)
+      found = prompts.load_trained(path)
     except UserError:
-      try:
-        base = base_checkpoints.load_checkpoint(path, 0)
-      except UserError as not_a_model:
-        if _looks_like_a_prompt(path):
-          raise not_a_prompt from None
-        raise not_a_model from None
-    facts = {
-      'step': base.step,
-      'fingerprint': base.fingerprint(),
-      **{k: v for k, v in base.metadata.items() if isinstance(v, str | int)},
-    }
-    return 'model', dict(base.arrays), facts
-  return 'prompt', {'table': table}, facts
-
-
-def _looks_like_a_prompt(path: str) -> bool:
-  return path.endswith('.npy') or adapters.is_peft(path)
+      if path.endswith('.npy') or adapters.is_peft(path):
+        raise
+  if found and not any(one.is_base for one in found):
+    arrays = {name: a for one in found for name, a in one.arrays.items()}
+    kind = ' and '.join(one.method.collection for one in found)
+    return kind, arrays, dict(found[0].facts)
+  base = base_checkpoints.open_checkpoint(path)
+  facts = {
+    'step': base.step,
+    'fingerprint': base.fingerprint(),
+    **{k: v for k, v in base.metadata.items() if isinstance(v, str | int)},
+  }
+  return 'model', dict(base.arrays), facts
 
 
 def inspect(paths: Sequence[str]) -> Iterator[str]:
@@ -243,8 +265,8 @@ def differences(one: str, other: str) -> Iterator[str]:
   if kind != other_kind:
     raise UserError(f'{one} is a {kind}, {other} a {other_kind}')
   if kind == 'model':
-    first = checkpoints.unrolled(first)
-    second = checkpoints.unrolled(second)
+    first = parameters.unrolled(first)
+    second = parameters.unrolled(second)
   for name in sorted({*first, *second}, key=_natural):
     if name not in second or name not in first:
       yield f'{name}: only in {one if name in first else other}'

@@ -1,14 +1,12 @@
-"""Prompts as files: `prompt.npy` for numbers, `prompt.safetensors` for facts.
+"""Prompts of any format: ours, numpy files, PEFT adapters, T5X checkpoints.
 
-Both hold one float32 array, [P, E] for a single prompt and [K, P, E] for a
-table of several; the .npy file is what public prompts come as, the other one
-also says which base model the prompt belongs to. Nothing is ever unpickled.
+Ours are `prompt.npy` for numbers and `prompt.safetensors` for facts. Both hold
+one float32 array, [P, E] for a single prompt and [K, P, E] for a table of
+several; the .npy file is what public prompts come as, the other one also says
+which base model the prompt belongs to. Nothing is ever unpickled.
 """
 
 from collections.abc import Mapping
-import contextlib
-import io
-import math
 import os
 import pathlib
 import tempfile
@@ -16,29 +14,23 @@ from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-import prompt_tuning
+from prompt_tuning import methods as methods_lib
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
+from prompt_tuning.interop import faults
 from prompt_tuning.interop import t5x
+from prompt_tuning.methods.prompt import Initializer
+from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.training import tensor_files
+from prompt_tuning.training import trained as trained_lib
+from prompt_tuning.training.trained import Trained
 
 NPY = 'prompt.npy'
 SAFETENSORS = 'prompt.safetensors'
-
-# Names of metadata that are not text; safetensors stores text alone.
-_NUMBERS = {
-  'num_prompts': int,
-  'prompt_length': int,
-  'embed': int,
-  'step': int,
-  'inputs_length': int,
-  'targets_length': int,
-  'metric_value': float,
-}
 
 
 def save_prompt(
@@ -61,34 +53,8 @@ def save_prompt(
   Raises:
     UserError: if the folder cannot be written.
   """
-  folder = epath.Path(folder).expanduser()
-  table = _checked(np.asarray(table), 'the prompt')
-  facts = {
-    **metadata,
-    'num_prompts': table.shape[0],
-    'prompt_length': table.shape[1],
-    'embed': table.shape[2],
-    'prompt_tuning_version': prompt_tuning.__version__,
-    'jax_version': jax.__version__,
-  }
-  facts = {k: str(v) for k, v in facts.items() if v is not None}
-  array = np.ascontiguousarray(table[0] if len(table) == 1 else table)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / NPY) as unfinished:
-      content = io.BytesIO()
-      np.save(content, array, allow_pickle=False)
-      unfinished.write_bytes(content.getvalue())
-    with _replacing(folder / SAFETENSORS) as unfinished:
-      unfinished.write_bytes(
-        safetensors.numpy.save({'prompt': array}, metadata=facts)
-      )
-  except OSError as error:
-    raise UserError(
-      f'cannot write the prompt to {folder}: {error.strerror}; free the disk '
-      'or choose another folder'
-    ) from error
-  return [folder / NPY, folder / SAFETENSORS]
+  prompt = _prompt(np.asarray(table), metadata, 'the prompt')
+  return trained_lib.save_trained(folder, prompt)
 
 
 def load_prompt(
@@ -97,11 +63,8 @@ def load_prompt(
   """Reads a prompt from a file, or from a folder that holds one.
 
   Args:
-    path: a numpy file (.npy, or the public prompt tuning's
-      `encoder.prompt.prompt.prompt`), a .safetensors file, a folder that
-      `save_prompt` wrote, a PEFT adapter, or a T5X checkpoint with a prompt in
-      it.
-    variable: where a T5X checkpoint has the prompt, an array [P, E].
+    path: see `load_trained`, of which it takes what holds a prompt alone.
+    variable: likewise.
 
   Returns:
     The table, float32, K = 1 for a file of [P, E], and the metadata; an .npy
@@ -112,147 +75,167 @@ def load_prompt(
     UserError: there is no such file, or it is damaged, of another shape, or
       not finite.
   """
+  found = load_trained(path, variable)
+  if len(found) != 1 or not isinstance(found[0].method, Prompt):
+    names = ', '.join(one.method.collection for one in found)
+    raise UserError(f'{path} holds {names}, a prompt alone is required')
+  return np.asarray(found[0].arrays['table']), dict(found[0].facts)
+
+
+def load_trained(
+  path: str | os.PathLike, variable: str = t5x.PROMPT
+) -> tuple[Trained, ...]:
+  """What methods trained, from a run, a file or a folder of files.
+
+  Args:
+    path: the MODEL_DIR of a run (its best checkpoint, or a checkpoint by
+      name), a file or folder of `save_trained`, a prompt as a numpy file (.npy,
+      or the public prompt tuning's `encoder.prompt.prompt.prompt`), a PEFT
+      adapter, or a T5X checkpoint with a prompt in it.
+    variable: where a T5X checkpoint has the prompt, an array [P, E].
+
+  Raises:
+    UserError: there is no such file, or it is damaged, of another shape, or
+      not finite.
+  """
   path = epath.Path(path).expanduser()
   if '://' in os.fspath(path):
     with tempfile.TemporaryDirectory() as folder:
       if local := _downloaded(path, pathlib.Path(folder)):
         try:
-          return load_prompt(local)
+          return load_trained(local)
         except UserError as error:
           named = str(error).replace(str(local), str(path))
           raise UserError(named) from error
   if adapters.is_peft(path):
-    array, metadata = adapters.load_peft(path)
-    return _checked(array, str(path)), metadata
+    array, facts = adapters.load_peft(path)
+    return (_prompt(array, facts, str(path)),)
   if t5x.is_checkpoint(path):
     array, step = t5x.read_array(path, variable), t5x.open_checkpoint(path).step
-    return _checked(array, str(path)), {'step': step, 'format': 't5x'}
+    return (_prompt(array, {'step': step, 'format': 't5x'}, str(path)),)
   if path.is_dir():
-    inside = [path / name for name in (SAFETENSORS, NPY)]
-    found = [file for file in inside if file.is_file()]
-    if not found:
-      raise UserError(
-        f'no prompt in {path}: it needs {SAFETENSORS} or {NPY}; name the file, '
-        'or the folder of an export'
-      )
-    path = found[0]
+    return _of_folder(path)
   if not path.is_file():
     raise UserError(
       f'no prompt at {path}; give a .npy or .safetensors file, or a folder '
       'with one'
     )
-  if path.suffix == '.safetensors':
-    array, metadata = _read_safetensors(path)
-  elif _is_npy(path):
-    array, metadata = _read_npy(path), {}
-  else:
+  if path.suffix == tensor_files.ENDING:
+    return (_of_safetensors(path),)
+  if not _is_npy(path):
     raise UserError(
       f'{path.name} is no prompt: a prompt is a .npy or .safetensors file, got '
       f'{path}'
     )
-  return _checked(array, str(path)), metadata
+  return (_prompt(_read_npy(path), {}, str(path)),)
+
+
+def _of_folder(path: epath.Path) -> tuple[Trained, ...]:
+  """Of a run's folder, or of one with files of methods."""
+  if run := trained_lib.of_run(path):
+    return tuple(run)
+  names = methods_lib.by_collection()
+  for folder in (path, *(path / name for name in names)):
+    files = [folder / f'{name}{tensor_files.ENDING}' for name in names]
+    found = [file for file in files if file.is_file()]
+    if found:
+      return tuple(_of_safetensors(file) for file in found)
+  if (path / NPY).is_file():
+    return load_trained(path / NPY)
+  raise UserError(
+    f'no prompt in {path}: it needs {SAFETENSORS} or {NPY}; name the file, '
+    'or the folder of an export or of a run'
+  )
+
+
+def _of_safetensors(path: epath.Path) -> Trained:
+  arrays, texts = tensor_files.read(path)
+  if 'method' in texts or methods_lib.of_collection(path.stem):
+    return trained_lib.load_file(path)
+  if len(arrays) != 1:
+    raise UserError(
+      f'{path} holds {len(arrays)} arrays, a prompt file holds one; give the '
+      f'{SAFETENSORS} of an export'
+    )
+  return _prompt(np.asarray(*arrays.values()), texts, str(path))
+
+
+def from_file(path: str | os.PathLike) -> Initializer:
+  """A prompt starts as the one in a file that `export` or others wrote.
+
+  Args:
+    path: see `load_prompt`.
+
+  Returns:
+    An initialiser (see `methods.prompt`). It raises UserError where the file's
+    shape is not the prompt's.
+  """
+  table, _ = load_prompt(path)
+
+  def init(rng, shape, embedding, text):
+    del rng, embedding, text
+    names = ('prompts', 'length', 'embed')
+    fixes = (
+      'bind Prompt.num_prompts',
+      f'bind PROMPT_LENGTH = {table.shape[1]}',
+      'give a prompt of this model',
+    )
+    for name, got, wanted, fix in zip(names, table.shape, shape, fixes):
+      if got != wanted:
+        raise UserError(
+          f'PROMPT_FILE {path} has {name} {got}, the model needs {wanted}: '
+          f'{fix}'
+        )
+    return jnp.asarray(table, jnp.float32)
+
+  return init
+
+
+def _prompt(array: Any, facts: Mapping[str, Any], source: str) -> Trained:
+  """A finite table of floats, whoever wrote it."""
+  facts = {name: fact for name, fact in facts.items() if fact is not None}
+  try:
+    method, arrays = Prompt.from_file({'prompt': array}, {}, facts)
+  except ValueError as error:
+    raise UserError(f'{source} has {error}') from None
+  bad = int((~np.isfinite(arrays['table'])).sum())
+  if bad:
+    raise UserError(
+      f'{source} has {bad} values that are not finite; export the checkpoint '
+      'of an earlier step'
+    )
+  return Trained(method, arrays, facts)
 
 
 def _downloaded(path: epath.Path, folder: pathlib.Path) -> pathlib.Path | None:
   """A copy on this machine of a prompt's file or folder in a bucket."""
   local = folder / path.name
   if not path.is_dir():
-    if not path.exists():
-      return None
-    local.write_bytes(path.read_bytes())
-    return local
-  files = [
-    file
-    for file in path.iterdir()
-    if file.suffix in ('.npy', '.safetensors')
-    or file.name.startswith('adapter')
-  ]
-  for file in files:
-    local.mkdir(exist_ok=True)
-    (local / file.name).write_bytes(file.read_bytes())
-  return local if files else None
+    found = {local: path} if path.exists() else {}
+  else:
+    local.mkdir()
+    found = {
+      local / file.name: file
+      for file in path.iterdir()
+      if file.suffix in ('.npy', '.safetensors')
+      or file.name.startswith('adapter')
+    }
+  for copy, file in found.items():
+    copy.write_bytes(file.read_bytes())
+  return local if found else None
 
 
 def _is_npy(path: pathlib.Path) -> bool:
   """By its name or, as the public prompt tuning has none, its first bytes."""
   if path.suffix == '.npy':
     return True
-  with contextlib.suppress(OSError), path.open('rb') as file:
+  with faults.reading(path), path.open('rb') as file:
     return file.read(6) == b'\x93NUMPY'
-  return False
 
 
 def _read_npy(path: pathlib.Path) -> np.ndarray:
-  try:
+  with faults.reading(f'the prompt {path}'):
     array = np.load(path, allow_pickle=False)
     if not isinstance(array, np.ndarray):
       raise ValueError('an archive of several arrays')
     return array
-  except (OSError, ValueError, EOFError, SyntaxError) as error:
-    raise _damaged(path, error) from error
-
-
-def _read_safetensors(
-  path: pathlib.Path,
-) -> tuple[np.ndarray, dict[str, Any]]:
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      names = list(file.keys())
-      texts = file.metadata() or {}
-      array = file.get_tensor(names[0]) if len(names) == 1 else None
-  except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise _damaged(path, error) from error
-  if array is None:
-    raise UserError(
-      f'{path} holds {len(names)} arrays, a prompt file holds one; give the '
-      f'{SAFETENSORS} of an export'
-    )
-  try:
-    metadata = {k: _NUMBERS.get(k, str)(v) for k, v in texts.items()}
-  except ValueError as error:
-    raise _damaged(path, error) from error
-  return array, metadata
-
-
-def _damaged(path: pathlib.Path, error: Exception) -> UserError:
-  reason = ' '.join(str(error).split())[:120]
-  return UserError(
-    f'cannot read the prompt {path} ({reason}); the file is damaged or of '
-    'another kind, export it again'
-  )
-
-
-def _checked(array: np.ndarray, source: str) -> np.ndarray:
-  """`array` as a finite float32 table [K, P, E]."""
-  # bfloat16 is no np.floating; its kind is 'V', as unknown types' is.
-  is_float = array.dtype.kind == 'f' or array.dtype.name == 'bfloat16'
-  if array.ndim not in (2, 3) or 0 in array.shape or not is_float:
-    raise UserError(
-      f'{source} has shape {list(array.shape)} of {array.dtype}, a prompt '
-      'needs floats of [length, embed] or [prompts, length, embed]'
-    )
-  table = np.array(array, np.float32).reshape(-1, *array.shape[-2:])
-  if not np.isfinite(table).all():
-    bad = math.prod(table.shape) - int(np.isfinite(table).sum())
-    raise UserError(
-      f'{source} has {bad} values that are not finite; export the checkpoint '
-      'of an earlier step'
-    )
-  return table
-
-
-class _replacing:
-  """A path to write to, which takes the place of `target` at the end."""
-
-  def __init__(self, target: epath.Path):
-    self._target = target
-    self._unfinished = target.with_name(target.name + '.unfinished')
-
-  def __enter__(self) -> epath.Path:
-    return self._unfinished
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if kind is None:
-      self._unfinished.replace(self._target)
-    else:
-      self._unfinished.unlink(missing_ok=True)

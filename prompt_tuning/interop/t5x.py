@@ -12,7 +12,6 @@ Paths in here are those of T5X's state: 'target/...' for parameters,
 """
 
 from collections.abc import Iterator, Mapping
-import contextlib
 import json
 import os
 import pathlib
@@ -20,14 +19,18 @@ import re
 from typing import Any
 
 from flax import serialization
+from flax import traverse_util
 from jaxtyping import Float
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
-from prompt_tuning.training.checkpoints import BaseCheckpoint
-from prompt_tuning.training.checkpoints import LazyArray
+from prompt_tuning.interop import faults
+from prompt_tuning.models import parameters
+from prompt_tuning.models.parameters import LazyArray
+from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import storage_dtype
 
 INDEX = 'checkpoint'
 # Where the public prompt tuning's model holds its prompt.
@@ -41,8 +44,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
   """True for a T5X checkpoint, or a folder of `checkpoint_<step>` folders."""
-  folder = _find(os.fspath(path))
-  return folder is not None
+  return _find(os.fspath(path)) is not None
 
 
 def open_checkpoint(path: str | os.PathLike) -> BaseCheckpoint:
@@ -129,57 +131,37 @@ def write_checkpoint(
   folder = root / f'checkpoint_{step}'
   if folder.exists():
     raise UserError(f'{folder} exists; remove it or choose another folder')
-  unfinished = root / f'{folder.name}.tmp-{os.getpid()}'
   arrays = dict(params)
-  types = dict.fromkeys(arrays, _dtype(dtype))
+  types = dict.fromkeys(arrays, np.dtype(storage_dtype(dtype)))
   if prompt is not None:
     arrays[PROMPT] = np.asarray(prompt, np.float32)
     types[PROMPT] = np.dtype(np.float32)
-  try:
-    unfinished.mkdir(parents=True)
-    target: dict[str, Any] = {}
-    for name in sorted(arrays):
-      spec = _write_array(
-        unfinished, f'target/{name}', arrays[name], types[name]
-      )
-      *parents, leaf = name.split('/')
-      node = target
-      for parent in parents:
-        node = node.setdefault(parent, {})
-      node[leaf] = spec
-    index = {
-      'version': 3,
-      'optimizer': {
-        'target': target,
-        'state': {'step': np.asarray(step, np.int32)},
-      },
-    }
-    (unfinished / INDEX).write_bytes(serialization.msgpack_serialize(index))
-    if prompt is not None:
-      numpy_folder = root / 'numpy_checkpoints' / folder.name
-      numpy_folder.mkdir(parents=True, exist_ok=True)
-      with (numpy_folder / PROMPT.replace('/', '.')).open('wb') as file:
-        np.save(file, arrays[PROMPT], allow_pickle=False)
-    unfinished.rename(folder)
-  except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
-    raise UserError(
-      f'cannot write {folder}: {reason}; free the disk or choose another folder'
-    ) from error
+  with faults.writing(folder):
+    root.mkdir(parents=True, exist_ok=True)
+    with files.beside(folder) as unfinished:
+      unfinished.mkdir()
+      specs = {
+        name: _write_array(unfinished, name, arrays[name], types[name])
+        for name in sorted(arrays)
+      }
+      state = {'step': np.asarray(step, np.int32)}
+      optimizer = {'target': parameters.nest(specs), 'state': state}
+      index = {'version': 3, 'optimizer': optimizer}
+      data = serialization.msgpack_serialize(index)
+      (unfinished / INDEX).write_bytes(data)
+      if prompt is not None:
+        file = root / 'numpy_checkpoints' / folder.name
+        file.mkdir(parents=True, exist_ok=True)
+        file /= PROMPT.replace('/', '.')
+        with files.replacing(file, 'wb') as opened:
+          np.save(opened, arrays[PROMPT], allow_pickle=False)
   return folder
 
 
-def _dtype(name: str) -> np.dtype:
-  types = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
-  if name not in types:
-    raise UserError(f'dtype must be float32 or bfloat16, got {name!r}')
-  return np.dtype(types[name])
-
-
 def _write_array(
-  folder: pathlib.Path, name: str, array: Any, dtype: np.dtype
+  folder: os.PathLike, name: str, array: Any, dtype: np.dtype
 ) -> dict[str, Any]:
-  """Writes one zarr array; returns its entry in the index."""
+  """Writes a parameter's zarr array; returns its entry in the index."""
   array = np.asarray(array).astype(dtype)
   rows = max(_CHUNK_BYTES * len(array) // max(array.nbytes, 1), 1)
   chunks = [min(rows, len(array)), *array.shape[1:]]
@@ -188,14 +170,12 @@ def _write_array(
     'compressor': {'id': 'gzip', 'level': 1},
     'shape': list(array.shape),
   }
-  relative = f'{name.replace("/", ".")}/'
-  kvstore = {'driver': 'file', 'path': f'{folder.absolute()}/{relative}'}
+  below = f'target.{name.replace("/", ".")}/'
   spec = {'driver': 'zarr', 'dtype': dtype.name, 'metadata': metadata}
-  store = ts.open(
-    {**spec, 'kvstore': kvstore}, create=True, dtype=dtype
-  ).result()
+  kvstore = _kvstore(os.path.abspath(folder), below)
+  store = ts.open({**spec, 'kvstore': kvstore}, create=True).result()
   store.write(array).result()
-  return {**spec, 'kvstore': {'driver': 'file', 'path': relative}}
+  return {**spec, 'kvstore': {'driver': 'file', 'path': below}}
 
 
 # Reading.
@@ -258,55 +238,36 @@ def _step(path: str, arrays: Mapping[str, Any]) -> int:
 def _indexed(folder: str, data: bytes) -> Iterator[tuple[str, Any]]:
   """The arrays of T5X's own layout."""
   tree = serialization.msgpack_restore(data)
-  tree = tree.get('optimizer', tree)
-  for name, leaf in _leaves(tree):
+  leaves = traverse_util.flatten_dict(
+    tree.get('optimizer', tree),
+    sep='/',
+    is_leaf=lambda _, node: 'driver' in node and 'kvstore' in node,
+  )
+  for name, leaf in leaves.items():
     if isinstance(leaf, np.ndarray | np.generic | int | float):
       yield name, np.asarray(leaf)
     elif isinstance(leaf, Mapping):
       # Paths were those of the machine that wrote them, the driver too.
       below = pathlib.PurePosixPath(leaf['kvstore']['path']).name
-      shape = tuple(int(size) for size in leaf['metadata']['shape'])
-      yield name, _lazy(folder, below, leaf.get('dtype'), shape)
+      yield name, _lazy(folder, below, {**leaf['metadata'], **leaf})
     elif isinstance(leaf, str) and leaf.startswith('PLACEHOLDER://'):
       below = leaf.removeprefix('PLACEHOLDER://').replace('/', '.')
-      yield name, _lazy(folder, pathlib.PurePosixPath(below).name)
+      yield name, _lazy(folder, pathlib.PurePosixPath(below).name, {})
     elif leaf is not None:
       raise ValueError(f'{name} is {type(leaf).__name__}')
 
 
-def _leaves(tree: Any, name: str = '') -> Iterator[tuple[str, Any]]:
-  if not isinstance(tree, Mapping):
-    yield name, tree
-    return
-  if 'driver' in tree and 'kvstore' in tree:
-    yield name, tree
-    return
-  for key, value in tree.items():
-    yield from _leaves(value, f'{name}/{key}' if name else str(key))
-
-
-def _lazy(
-  folder: str,
-  below: str,
-  dtype: str | None = None,
-  shape: tuple[int, ...] | None = None,
-) -> LazyArray:
-  """An array in a folder of its own."""
-  if dtype is None or shape is None:
+def _lazy(folder: str, below: str, known: Mapping[str, Any]) -> LazyArray:
+  """An array in a folder of its own, which says what the index does not."""
+  if not {'shape', 'dtype'} <= known.keys():
     data = _read_bytes(folder, f'{below}/.zarray')
     if data is None:
       raise ValueError(f'{below}/.zarray is missing')
-    described = json.loads(data)
-    shape = tuple(int(size) for size in described['shape'])
-    dtype = described['dtype']
+    known = {**json.loads(data), **known}
+  shape = tuple(int(size) for size in known['shape'])
   spec = {'driver': 'zarr', 'kvstore': _kvstore(folder, f'{below}/')}
-  return LazyArray(shape, _numpy_dtype(dtype), _reader(folder, spec, shape))
-
-
-def _numpy_dtype(name: str) -> np.dtype:
-  if name == 'bfloat16':
-    return np.dtype(ml_dtypes.bfloat16)
-  return np.dtype(name)
+  dtype = np.dtype(known['dtype'])
+  return LazyArray(shape, dtype, _reader(folder, spec, shape))
 
 
 def _reader(folder: str, spec: dict[str, Any], shape: tuple[int, ...]):
@@ -337,37 +298,23 @@ def _bounded(index: Any, shape: tuple[int, ...]) -> Any:
 def _orbax(folder: str, data: bytes) -> Iterator[tuple[str, Any]]:
   """The arrays of orbax's layout."""
   metadata = json.loads(data)
-  zarr3 = bool(metadata.get('use_zarr3'))
+  driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
   ocdbt = _exists(folder, 'manifest.ocdbt')
   for entry in metadata['tree_metadata'].values():
     keys = [str(part['key']) for part in entry['key_metadata']]
     kind = entry['value_metadata']
-    if kind.get('skip_deserialize') or kind.get('value_type') in (
-      'None',
-      'Dict',
-    ):
+    empty = kind.get('value_type') in ('None', 'Dict')
+    if empty or kind.get('skip_deserialize'):
       continue
+    below = f'{".".join(keys)}/'
+    kvstore = _kvstore(folder, below)
     if ocdbt:
-      base = _kvstore(folder)
-      kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{".".join(keys)}/'}
-    else:
-      kvstore = _kvstore(folder, f'{".".join(keys)}/')
-    spec = {'driver': 'zarr3' if zarr3 else 'zarr', 'kvstore': kvstore}
+      kvstore = {'driver': 'ocdbt', 'base': _kvstore(folder), 'path': below}
+    spec = {'driver': driver, 'kvstore': kvstore}
     store = ts.open(spec, read=True, open=True).result()
     shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
     yield '/'.join(keys), LazyArray(shape, dtype, _reader(folder, spec, shape))
 
 
-@contextlib.contextmanager
-def _reading(folder: str) -> Iterator[None]:
-  """Whatever is wrong with the bytes of a checkpoint becomes one line."""
-  try:
-    yield
-  except UserError:
-    raise
-  except Exception as error:  # msgpack, json, tensorstore and numpy have many
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    raise UserError(
-      f'cannot read the T5X checkpoint {folder} ({lines[0][:160]}); it is '
-      'damaged or not complete, get it again'
-    ) from error
+def _reading(folder: str) -> Any:
+  return faults.reading(f'the T5X checkpoint {folder}', 'not complete')

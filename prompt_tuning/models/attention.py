@@ -56,7 +56,8 @@ class Attention(nn.Module):
     inputs_q: Float[Array, 'B Q E'],
     inputs_kv: Float[Array, 'B S E'] | None,
     mask: Bool[Array, '#B 1 #Q S'] | None,
-    bias: Float[Array, '1 N Q S'] | None = None,
+    # As long as the keys that `attend` sees, which a method may add to.
+    bias: Float[Array, '1 N Q _'] | None = None,
     *,
     deterministic: bool,
     decode: bool = False,
@@ -100,6 +101,29 @@ class Attention(nn.Module):
         self.variable('cache', 'cached_key', empty, key)
         self.variable('cache', 'cached_value', empty, value)
 
+    mixed = self.attend(
+      query, key, value, mask, bias, deterministic=deterministic
+    )
+    mixed = mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim)
+    mixed = layers.constrain(mixed, 'batch', 'length', 'joined_kv')
+    return layers.Dense(
+      inputs_q.shape[-1],
+      self.dtype,
+      _normal,
+      name='out',
+    )(mixed)
+
+  def attend(
+    self,
+    query: Float[Array, 'B Q N D'],
+    key: Float[Array, 'B S N D'],
+    value: Float[Array, 'B S N D'],
+    mask: Bool[Array, '#B 1 #Q S'] | None,
+    bias: Float[Array, '1 N Q S'] | None,
+    *,
+    deterministic: bool,
+  ) -> Float[Array, 'B Q N D']:
+    """The values that each query's softmax over the keys mixes."""
     scores = jnp.einsum(
       'bqnd,bsnd->bnqs', query, key, preferred_element_type=jnp.float32
     )
@@ -113,12 +137,4 @@ class Attention(nn.Module):
     weights = layers.dropout(self.dropout_rate)(
       weights, deterministic=deterministic
     )
-    mixed = jnp.einsum('bnqs,bsnd->bqnd', weights, value)
-    mixed = mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim)
-    mixed = layers.constrain(mixed, 'batch', 'length', 'joined_kv')
-    return layers.Dense(
-      inputs_q.shape[-1],
-      self.dtype,
-      _normal,
-      name='out',
-    )(mixed)
+    return jnp.einsum('bnqs,bsnd->bqnd', weights, value)

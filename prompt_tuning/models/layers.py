@@ -35,24 +35,33 @@ def constrain(x: Float[Array, '*S'], *names: str | None) -> Float[Array, '*S']:
   return nn.with_logical_constraint(x, names)
 
 
-class RMSNorm(nn.Module):
+def rms_norm(
+  x: Float[Array, '*B E'],
+  scale: Float[Array, 'E'],
+  dtype: str,
+  epsilon: float = 1e-6,
+) -> Float[Array, '*B E']:
   """Scales to unit root mean square; no mean is taken off, no bias is added.
 
   Computed in float32 whatever `dtype` is, and returned in `dtype`.
   """
+  x = x.astype(jnp.float32)
+  mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
+  x = x * lax.rsqrt(mean_square + epsilon)
+  # A frozen scale may be stored in bfloat16: it is widened here.
+  scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+  return (x * scale).astype(dtype)
+
+
+class RMSNorm(nn.Module):
+  """`rms_norm` with a learnt scale."""
 
   dtype: str = 'float32'
-  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Float[Array, '*B E']) -> Float[Array, '*B E']:
-    x = x.astype(jnp.float32)
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
-    x = x * lax.rsqrt(mean_square + self.epsilon)
-    # A frozen scale may be stored in bfloat16: it is widened here.
-    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-    return (x * scale).astype(self.dtype)
+    return rms_norm(x, scale, self.dtype)
 
 
 class Dense(nn.Module):

@@ -4,14 +4,16 @@ A batch is a dict of arrays with T5X's names: `encoder_input_tokens` [B, T]
 (virtual tokens included), `decoder_input_tokens`, `decoder_target_tokens` and
 `decoder_loss_weights` [B, L], and where examples are packed
 `encoder_segment_ids`, `decoder_segment_ids` and the positions.
-Variables are `{'params': T5, 'prompt': {'table': [K, P, E]}}`; without
-`prompt` it is T5 alone.
+Variables are T5's `params` and a collection for each method that acts on it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
+from typing import Any, Protocol, runtime_checkable
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,9 +22,18 @@ import numpy as np
 from prompt_tuning.models import decoding
 from prompt_tuning.models import losses
 from prompt_tuning.models import network
+from prompt_tuning.models import parameters
 
 Batch = Mapping[str, jax.Array | np.ndarray]
 Variables = Mapping[str, dict]
+
+
+@runtime_checkable
+class ActsOnNetwork(Protocol):
+  """What the model needs of a method (see `prompt_tuning.methods`)."""
+
+  def intercept(self, batch: Batch) -> Callable[..., Any] | None:
+    """Flax's interceptor of the network's calls, for this batch."""
 
 
 def _on_device(batch: Batch) -> dict[str, jax.Array]:
@@ -43,6 +54,7 @@ class EncoderDecoderModel:
     num_decodes: sequences looked for; the best one is returned.
     decoder_params: keyword arguments of `decode_fn`.
     eos_id: the id that ends a sequence.
+    methods: what acts on the network; the first is the innermost.
   """
 
   config: network.T5Config
@@ -53,6 +65,7 @@ class EncoderDecoderModel:
   num_decodes: int = 1
   decoder_params: Mapping | None = None
   eos_id: int = 1
+  methods: Sequence[ActsOnNetwork] = ()
 
   @functools.cached_property
   def module(self) -> network.Transformer:
@@ -61,16 +74,29 @@ class EncoderDecoderModel:
   def init_params(self, rng: jax.Array) -> dict:
     """Fresh parameters, float32."""
     ids = jnp.zeros((1, 1), jnp.int32)
-    return self.module.init(rng, ids, ids, ids)['params']
+    return self.module.init(rng, ids, ids, ids)[parameters.PARAMS]
+
+  def _apply(
+    self, variables: Variables, inputs: Int[Array, 'B T'], *args, **kwargs
+  ) -> Any:
+    """The network, its methods at work."""
+    with contextlib.ExitStack() as stack:
+      for method in self.methods:
+        interceptor = method.intercept({'encoder_input_tokens': inputs})
+        if interceptor is not None:
+          stack.enter_context(nn.intercept_methods(interceptor))
+      return self.module.apply(variables, *args, **kwargs)
 
   def logits(
     self, variables: Variables, batch: Batch, dropout_rng=None
   ) -> Float[Array, 'B L V']:
     """float32 logits of every target; dropout is on if it is given a key."""
     batch = _on_device(batch)
-    return self.module.apply(
+    inputs = batch['encoder_input_tokens']
+    return self._apply(
       variables,
-      batch['encoder_input_tokens'],
+      inputs,
+      inputs,
       batch['decoder_input_tokens'],
       batch['decoder_target_tokens'],
       batch.get('encoder_segment_ids'),
@@ -151,15 +177,16 @@ class EncoderDecoderModel:
       label_tokens: each label's ids with EOS, padded with 0.
     """
     inputs = jnp.asarray(batch['encoder_input_tokens'])
-    encoded = self.module.apply(
-      variables, inputs, method=network.Transformer.encode
+    encoded = self._apply(
+      variables, inputs, inputs, method=network.Transformer.encode
     )
 
     def score(label):  # [L]
       targets = jnp.broadcast_to(label, (inputs.shape[0], label.shape[0]))
       shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
-      logits = self.module.apply(
+      logits = self._apply(
         variables,
+        inputs,
         encoded,
         inputs,
         shifted,
@@ -203,12 +230,14 @@ class EncoderDecoderModel:
     if not prompt_with_targets:
       start = jnp.zeros_like(start)
     length = start.shape[1]
-    module = self.module
-    encoded = module.apply(variables, inputs, method=network.Transformer.encode)
+    encoded = self._apply(
+      variables, inputs, inputs, method=network.Transformer.encode
+    )
     # The decoder reads no encoder output after this: its cache holds the
     # projections of `encoded`, and the beams get copies of those.
-    _, cache = module.apply(
+    _, cache = self._apply(
       variables,
+      inputs,
       encoded,
       inputs,
       start,
@@ -220,8 +249,9 @@ class EncoderDecoderModel:
     encoded = jnp.repeat(encoded, num_decodes, axis=0)
 
     def tokens_to_logits(ids, cache):
-      logits, updated = module.apply(
+      logits, updated = self._apply(
         {**variables, 'cache': cache},
+        inputs,
         encoded,
         inputs,
         ids,

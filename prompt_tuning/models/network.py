@@ -1,16 +1,14 @@
 """The T5 encoder-decoder as one Flax module (T5 1.0, T5 1.1, mT5, ByT5).
 
 Parameter paths are T5X's (`encoder/layers_0/attention/query/kernel`,
-`token_embedder/embedding`, `decoder/logits_dense/kernel`). A soft prompt is
-the variable `table` of the collection `prompt`: encoder ids from `vocab_size`
-upwards index its rows, everything else sees ordinary tokens.
+`token_embedder/embedding`, `decoder/logits_dense/kernel`). Methods (see
+`prompt_tuning.methods`) act on the calls of these modules from outside.
 """
 
 import dataclasses
 import functools
 
 from flax import linen as nn
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -19,6 +17,7 @@ import numpy as np
 from prompt_tuning.errors import UserError
 from prompt_tuning.models import attention
 from prompt_tuning.models import layers
+from prompt_tuning.models import parameters
 
 REMAT_POLICIES = {
   'none': None,
@@ -187,7 +186,8 @@ def _run_layers(
     def run(x, *args):
       stack = nn.scan(
         layer,
-        variable_axes={'params': 1, 'cache': 0},
+        # The last one is for the collections of methods.
+        variable_axes={parameters.PARAMS: parameters.LAYERS_AXIS, True: 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=nn.broadcast,
         length=length,
@@ -328,22 +328,8 @@ class Transformer(nn.Module):
     self.decoder = Decoder(self.config)
 
   def embed(self, ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:
-    """Embeddings of tokens, and of virtual tokens (ids from vocab_size up)."""
-    if not self.has_variable('prompt', 'table'):
-      return self.token_embedder(ids)
-    vocab_size, dtype = self.config.vocab_size, self.config.dtype
-    table = self.get_variable('prompt', 'table')  # [K, P, E]
-    table = table.reshape(-1, table.shape[-1])
-    is_virtual = ids >= vocab_size
-    tokens = self.token_embedder(jnp.where(is_virtual, 0, ids))
-    # A product with one-hot rows, so that the prompt's gradient is a product
-    # too, and not a scatter; other ids give rows of zeros. In float32, since
-    # that gradient is summed over all examples, and over devices.
-    rows = jax.nn.one_hot(ids - vocab_size, table.shape[0], dtype=table.dtype)
-    virtual = layers.constrain(
-      (rows @ table).astype(dtype), 'batch', 'length', 'embed'
-    )
-    return jnp.where(is_virtual[..., None], virtual, tokens)
+    """Embeddings of the inputs."""
+    return self.token_embedder(ids)
 
   def encode(
     self,
@@ -442,35 +428,6 @@ class Transformer(nn.Module):
     )
 
 
-def stack_layers(params: dict) -> dict:
-  """Parameters of unrolled layers as those of scanned ones (axis 1)."""
-  flat = traverse_util.flatten_dict(params)
-  stacks, stacked = {}, {}
-  for path, value in flat.items():
-    if path[1].startswith('layers_'):
-      key = (path[0], path[0], *path[2:])
-      stacks.setdefault(key, {})[int(path[1].removeprefix('layers_'))] = value
-    else:
-      stacked[path] = value
-  for path, of_layer in stacks.items():
-    xp = np if isinstance(of_layer[0], np.ndarray) else jnp
-    in_order = [of_layer[i] for i in range(len(of_layer))]
-    stacked[path] = xp.stack(in_order, axis=1)
-  return traverse_util.unflatten_dict(stacked)
-
-
-def unstack_layers(params: dict) -> dict:
-  """Parameters of scanned layers as those of unrolled ones."""
-  unstacked = {}
-  for path, value in traverse_util.flatten_dict(params).items():
-    if len(path) > 2 and path[0] == path[1]:
-      for i in range(value.shape[1]):
-        unstacked[(path[0], f'layers_{i}', *path[2:])] = value[:, i]
-    else:
-      unstacked[path] = value
-  return traverse_util.unflatten_dict(unstacked)
-
-
 @functools.cache
 def parameter_shapes(config: T5Config) -> dict:
   """The tree of `jax.ShapeDtypeStruct` of a network's parameters, float32."""
@@ -478,4 +435,4 @@ def parameter_shapes(config: T5Config) -> dict:
   variables = jax.eval_shape(
     Transformer(config).init, jax.random.key(0), ids, ids, ids
   )
-  return variables['params']
+  return variables[parameters.PARAMS]

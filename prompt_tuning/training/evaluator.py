@@ -1,12 +1,13 @@
 """Evaluation of a task's metrics on decoded text, by seqio's Evaluator."""
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
 import json
 import os
+import typing
 from typing import Any
 
 import absl.logging
@@ -14,14 +15,18 @@ from etils import epath
 import jax
 from jaxtyping import Int
 import numpy as np
-import seqio
 
-from prompt_tuning.data import task_data
-from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter
+from prompt_tuning import files
+from prompt_tuning.data import task as task_lib
 from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.virtual_tokens import target_rows
 from prompt_tuning.errors import UserError
 from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
+from prompt_tuning.training.best import SCORE
+
+if typing.TYPE_CHECKING:
+  import seqio
 
 METRICS_FILE = 'eval_metrics.jsonl'
 
@@ -31,33 +36,21 @@ class Evaluation:
   """What is evaluated, and how.
 
   Attributes:
-    mixture_or_task_name: a registered name.
-    task_feature_lengths: as `TaskData`'s.
+    task: which; the object that training was given.
     batch_size: rows of a batch.
     split: the split of each task; a mixture's tasks without it are left out.
     num_examples: size of a sample of each task, the same at every evaluation;
       None for all examples, in the order of the data.
     rank_classification: the answer is the task's label of the highest
       likelihood, and not what decoding gives.
-    vocabulary: path or name of a vocabulary to use instead of the task's own.
-    modules: Python modules that register further tasks when imported.
-    prompt_indices: as `TaskData`'s, like the following two.
-    local_data_dir: a folder with raw files instead of TFDS data sets.
-    target_sentinel: predictions begin with <extra_id_0>.
     seed: of that sample, and of decoding that samples.
   """
 
-  mixture_or_task_name: str
-  task_feature_lengths: Mapping[str, int]
+  task: task_lib.Task
   batch_size: int = 32
   split: str = 'validation'
   num_examples: int | None = None
   rank_classification: bool = False
-  vocabulary: str | None = None
-  modules: Sequence[str] = ()
-  prompt_indices: Mapping[str, int] | None = None
-  local_data_dir: str | None = None
-  target_sentinel: bool = False
   seed: int = 0
 
   def build(
@@ -77,7 +70,7 @@ class Evaluation:
       layout: where the variables will be; None: this process's first device.
 
     Raises:
-      UserError: as `TaskData.batches`, and if no task has metrics or, for rank
+      UserError: as `Task.checked`, and if no task has metrics or, for rank
         classification, labels that its vocabulary can write.
     """
     return Evaluator(self, model, virtual_tokens, output_dir, layout)
@@ -101,36 +94,27 @@ class Evaluator:
     self._evaluation = evaluation
     self._layout = layout or partitioning.single_device()
     self._output_dir = epath.Path(output_dir).expanduser()
-    provider = task_data.get_task(
-      evaluation.mixture_or_task_name,
-      vocabulary=evaluation.vocabulary,
-      modules=evaluation.modules,
-      prompt_indices=evaluation.prompt_indices,
-      local_data_dir=evaluation.local_data_dir,
-      target_sentinel=evaluation.target_sentinel,
-    )
-    lengths = task_data.check_task(
-      provider,
-      evaluation.split,
-      evaluation.task_feature_lengths,
-      rows=model.config.vocab_size,
-    )
-    for index in (evaluation.prompt_indices or {}).values():
-      if virtual_tokens is not None:
-        virtual_tokens.ids(index)  # UserError where there is no such prompt
+    import seqio
+
+    from prompt_tuning.data import feature_converter
+
     sampled = evaluation.num_examples is not None
-    if sampled:
-      task_data.require_shuffling(provider)
+    provider = evaluation.task.checked(
+      evaluation.split,
+      rows=model.config.vocab_size,
+      virtual_tokens=virtual_tokens,
+      shuffled=sampled,
+    )
     with (
       _quiet(),
       _registered(provider),
-      task_data.reading(provider, evaluation.split),
+      task_lib.reading(provider, evaluation.split),
     ):
       self._seqio = seqio.Evaluator(
         provider.name,
-        VirtualTokensFeatureConverter(virtual_tokens, pack=False),
+        feature_converter.VirtualTokensFeatureConverter(virtual_tokens),
         eval_split=evaluation.split,
-        sequence_length=lengths,
+        sequence_length=dict(evaluation.task.feature_lengths),
         num_examples=evaluation.num_examples,
         # The first examples of a file may all be of one label.
         shuffle=sampled,
@@ -185,7 +169,9 @@ class Evaluator:
     """The metrics of all tasks, {'task/metric': value}.
 
     'task/score' is the mean of a task's metrics, 'mixture/score' the mean of
-    that over the tasks of a mixture.
+    that over the tasks of a mixture. 'score' is the task's own, by which runs
+    select: of a mixture the mean over those tasks that training reads too (not
+    those evaluated zero-shot), where there are some.
 
     Writes `inference/<task>-<step>.jsonl` (input, target, prediction: one line
     an example) and adds a line to `eval_metrics.jsonl`; where a resumed run
@@ -214,10 +200,12 @@ class Evaluator:
         if isinstance(value, (int, float, np.number)):
           values[f'{task}/{name}'] = float(value)
     values.update(scores(values))
-    if len(self._tasks) > 1:
-      found = [value for name, value in values.items() if _is_score(name)]
-      if found:
-        values[f'{self._name}/score'] = sum(found) / len(found)
+    found = {n: value for n, value in values.items() if n.endswith('/score')}
+    if len(self._tasks) > 1 and found:
+      values[f'{self._name}/score'] = _mean(found.values())
+    own = [found[n] for t in self._tasks.values() if (n := t.selects) in found]
+    if found:
+      values[SCORE] = _mean(own or found.values())
     if not hosts.is_primary():
       return values
     with _writing(self._output_dir):
@@ -283,7 +271,8 @@ class Evaluator:
     return list(enumerate(scores.tolist()))
 
   def _write_inference(self, task, output, step) -> None:
-    kind = seqio.metrics.ModelOutputType
+    from seqio.metrics import ModelOutputType as kind
+
     rows = [
       {'input': source, 'target': target}
       for source, target in zip(task.inputs, task.targets, strict=True)
@@ -298,16 +287,13 @@ class Evaluator:
       row['score'] = score
     folder = self._output_dir / 'inference'
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'{task.name}-{step}.jsonl'
-    part = path.with_suffix('.jsonl.part')
-    with part.open('w') as file:
+    with files.replacing(folder / f'{task.name}-{step}.jsonl') as file:
       for row in rows:
         file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    part.replace(path)
 
 
-def _is_score(name: str) -> bool:
-  return name.endswith('/score')
+def _mean(values: Collection[float]) -> float:
+  return sum(values) / len(values)
 
 
 def scores(values: Mapping[str, float]) -> dict[str, float]:
@@ -322,16 +308,17 @@ def scores(values: Mapping[str, float]) -> dict[str, float]:
     task, _, metric = name.rpartition('/')
     if not metric.endswith('_share'):
       metrics[task].append(value)
-  return {
-    f'{task}/score': sum(found) / len(found) for task, found in metrics.items()
-  }
+  return {f'{task}/score': _mean(found) for task, found in metrics.items()}
 
 
 class _TaskExamples:
   """One task's examples as text and as batches of one size."""
 
-  def __init__(self, task, evaluator: seqio.Evaluator, evaluation: Evaluation):
+  def __init__(
+    self, task, evaluator: 'seqio.Evaluator', evaluation: Evaluation
+  ):
     self.name = task.name
+    self.selects = f'{task.name}/score' if 'train' in task.splits else None
     self.vocabulary = task.output_features['targets'].vocabulary
     examples = list(
       evaluator.cached_task_datasets[task.name].as_numpy_iterator()
@@ -351,7 +338,7 @@ class _TaskExamples:
     self.label_tokens = None
     if evaluation.rank_classification:
       self.label_tokens = _label_tokens(
-        task, self.vocabulary, evaluation.target_sentinel
+        task, self.vocabulary, evaluation.task.target_sentinel
       )
 
   def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -393,13 +380,13 @@ def _label_tokens(
   task, vocabulary, target_sentinel: bool
 ) -> Int[np.ndarray, 'C L']:
   """The ids of the task's labels with EOS, padded with 0."""
-  labels = task_data.class_labels(task)
+  labels = task_lib.class_labels(task)
   if labels is None:
     raise UserError(
       f'rank classification needs a task with labels, {task.name} has none;'
       ' evaluate it with rank_classification=False'
     )
-  rows = [[*vocabulary.encode(label), vocabulary.eos_id] for label in labels]
+  rows = [vocabulary.encode(label) for label in labels]
   for label, row in zip(labels, rows, strict=True):
     written = vocabulary.decode(row)
     if written != label:
@@ -409,15 +396,14 @@ def _label_tokens(
       )
   if target_sentinel:
     rows = [[vocabulary.vocab_size - 1, *row] for row in rows]
-  tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-  for number, row in enumerate(rows):
-    tokens[number, : len(row)] = row
-  return tokens
+  return target_rows(rows, vocabulary.eos_id)
 
 
 @contextlib.contextmanager
 def _registered(provider: 'seqio.Task | seqio.Mixture'):
   """Lets seqio, which wants a name, find this object under its name."""
+  import seqio
+
   registry = (
     seqio.MixtureRegistry
     if isinstance(provider, seqio.Mixture)

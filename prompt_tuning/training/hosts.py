@@ -85,7 +85,8 @@ def connect(
     'this process could not join its job: {}; are all of them running and can'
     ' they reach process 0? --num_processes=1 works alone'
   )
-  _explain_aborts(unreached.format(f'none came in {_JOIN_TIMEOUT} s'))
+  never = unreached.format(f'none came in {_JOIN_TIMEOUT} s')
+  _explain_aborts(never, joining=True)
   try:
     # Collectives of two CPU programs that run at once would meet each other's.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
@@ -98,30 +99,34 @@ def connect(
     reason = str(error).strip().splitlines()[0]
     raise RestartError(unreached.format(reason)) from error
   _explain_aborts(
-    'this process was aborted, see above; where another one of the job was'
-    f' lost, {_AGAIN}'
+    f'this process lost another one of its job, see above; {_AGAIN}'
   )
 
 
 _handlers = []  # What C calls must not be collected.
 
 
-def _explain_aborts(words: str) -> None:
-  """Has a process that is aborted say these words in a last line.
+def _explain_aborts(words: str, joining: bool = False) -> None:
+  """Has a process that loses its job say these words in a last line.
 
   Where a member of the job is gone, JAX's client and Gloo abort the process
-  from threads of their own, past Python: so this is a handler for C. It cannot
-  tell that from another abort; a launcher's count of restarts ends those.
+  from threads of their own, past Python: so this is a handler for C. An abort
+  in a thread of Python's is none of theirs, and takes its usual course, unless
+  the process is only just joining: that is done in ours.
   """
+  libc = ctypes.CDLL(None)
 
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def explain(number):
-    del number
+    ours = {thread.native_id for thread in threading.enumerate()}
+    if threading.get_native_id() in ours and not joining:
+      libc.signal(number, None)  # the default, which abort() then meets
+      return
     os.write(2, f'\nerror: {words}\n'.encode())
     os._exit(RestartError.EXIT_CODE)
 
   _handlers.append(explain)
-  ctypes.CDLL(None).signal(int(signal.SIGABRT), explain)
+  libc.signal(int(signal.SIGABRT), explain)
 
 
 _AGAIN = (

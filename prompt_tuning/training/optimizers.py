@@ -19,15 +19,13 @@ import numpy as np
 import optax
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.models import parameters
 
 Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
 
-# Axes that stack independent parameters: the layers of a scanned stack (T5X
-# puts them second) and the prompts of a table [K, P, E]. Whatever Adafactor
-# averages, it averages within one of them: a scanned model is trained as an
-# unrolled one, and K prompts together as each of them alone.
+# Where the caller does not say it: axes that stack independent arrays.
 STACKED_AXES = {
-  r'(^|/)(encoder/encoder|decoder/decoder)/': 1,
+  r'(^|/)(encoder/encoder|decoder/decoder)/': parameters.LAYERS_AXIS,
   r'(^|/)prompt/table$': 0,
 }
 
@@ -103,7 +101,10 @@ def adafactor(
     min_dim_size_to_factor: see above.
     never_factor: regular expressions of parameter paths that are not factored.
     stacked_axes: regular expression of a path -> the axis that stacks
-      independent parameters; `STACKED_AXES` when None.
+      independent arrays: the layers of a scanned stack, the prompts of a table
+      [K, P, E]. Whatever is averaged is averaged within one of them, so that a
+      scanned model is trained as an unrolled one, and K prompts together as
+      each of them alone. None: `STACKED_AXES`.
     beta1: momentum; None: none, and no memory for it.
     dtype_momentum: the type in which momentum is stored.
     epsilon1: added to squared gradients.
@@ -335,31 +336,49 @@ def build_optimizer(
   optimizer_fn: Callable[..., optax.GradientTransformation],
   schedule: float | Schedule,
   initial_step: int = 0,
+  axes: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
   """Any optimiser, on the step count that includes the base's steps.
 
   Args:
     optimizer_fn: `adafactor`, or a function of optax that takes
       `learning_rate` (its other arguments bound by gin or functools.partial).
-    schedule: a number, or a function of the step (base steps included).
+    schedule: a number, or a function of the step, counted from the start of
+      this run.
     initial_step: the base checkpoint's step. An optimiser without such an
-      argument counts from 0 itself; only its schedule is shifted.
+      argument counts from 0 itself.
+    axes: {collection: `Method.axes`} of what is trained; tells an optimiser
+      that takes `stacked_axes` which axes stack independent arrays.
 
   Raises:
     UserError: if `optimizer_fn` does not take `learning_rate`.
   """
-  parameters = inspect.signature(optimizer_fn).parameters
-  open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-  if 'learning_rate' not in parameters and not open_ended:
+  settings = inspect.signature(optimizer_fn).parameters
+  open_ended = any(p.kind is p.VAR_KEYWORD for p in settings.values())
+  if 'learning_rate' not in settings and not open_ended:
     name = getattr(optimizer_fn, '__name__', repr(optimizer_fn))
     raise UserError(
       f'optimizer {name} takes no learning_rate; give a function such as '
       'adafactor or optax.adamw'
     )
-  if 'initial_step' in parameters:
-    return optimizer_fn(learning_rate=schedule, initial_step=initial_step)
-  if not callable(schedule):
-    return optimizer_fn(learning_rate=schedule)
-  return optimizer_fn(
-    learning_rate=lambda count: schedule(count + initial_step)
-  )
+  more: dict[str, Any] = {}
+  if 'stacked_axes' in settings and axes is not None:
+    more['stacked_axes'] = _stacked(axes)
+  if 'initial_step' in settings:
+    more['initial_step'] = initial_step
+    if callable(schedule):
+      from_start = schedule
+      schedule = lambda count: from_start(count - initial_step)
+  return optimizer_fn(learning_rate=schedule, **more)
+
+
+def _stacked(axes: Mapping[str, Any]) -> dict[str, int]:
+  """Patterns of the arrays with an axis that stacks, and which it is."""
+  found = {}
+  for path, names in jax.tree_util.tree_leaves_with_path(
+    axes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+  ):
+    for axis, name in enumerate(names):
+      if name in ('layers', 'prompts'):
+        found[f'^{re.escape(_path_name(path))}$'] = axis
+  return found

@@ -17,7 +17,6 @@ import math
 from typing import Any
 
 from flax import linen as nn
-from flax import traverse_util
 import jax
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Format
@@ -29,6 +28,7 @@ from jaxtyping import Int
 import numpy as np
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.models import parameters
 
 MESH_AXES = ('data', 'fsdp', 'model')
 
@@ -47,18 +47,6 @@ DEFAULT_RULES: Rules = (
   ('relpos_buckets', None),
   ('layers', None),
 )
-
-_KERNEL_AXES = {
-  'query': ('embed', 'joined_kv'),
-  'key': ('embed', 'joined_kv'),
-  'value': ('embed', 'joined_kv'),
-  'out': ('joined_kv', 'embed'),
-  'wi': ('embed', 'mlp'),
-  'wi_0': ('embed', 'mlp'),
-  'wi_1': ('embed', 'mlp'),
-  'wo': ('mlp', 'embed'),
-  'logits_dense': ('embed', 'vocab'),
-}
 
 
 def make_mesh(
@@ -155,23 +143,6 @@ def _tiled(devices: Sequence[jax.Device], submesh: Sequence[int]) -> np.ndarray:
   return grid.reshape(-1, math.prod(submesh))
 
 
-def logical_axes(path: Sequence[str], ndim: int) -> tuple[str, ...]:
-  """Logical names of the axes of the parameter at `path`, as T5X's."""
-  if path[-1] == 'embedding':
-    axes = ('vocab', 'embed')
-  elif path[-1] == 'rel_embedding':
-    axes = ('heads', 'relpos_buckets')
-  elif path[-1] == 'scale':
-    axes = ('embed',)
-  elif path[-1] == 'kernel' and path[-2] in _KERNEL_AXES:
-    axes = _KERNEL_AXES[path[-2]]
-  else:
-    raise ValueError(f'no logical axes are known for {"/".join(path)}')
-  if ndim == len(axes) + 1:  # Scanned layers stand on axis 1.
-    axes = (axes[0], 'layers', *axes[1:])
-  return axes
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """Which part of every array each device holds.
@@ -194,7 +165,7 @@ class Layout:
             f' axes are {", ".join(self.mesh.shape)}'
           )
 
-  def sharding(self, *names: str) -> NamedSharding:
+  def sharding(self, *names: str | None) -> NamedSharding:
     """Of an array with these logical axes; axes past them are whole."""
     spec = nn.logical_to_mesh_axes(names, self.rules)
     return NamedSharding(self.mesh, spec)
@@ -222,28 +193,43 @@ class Layout:
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
-  def params(self, shapes: Mapping[str, Any]) -> dict:
-    """The tree of shardings for a tree of parameters or their shapes.
+  def shardings(
+    self, axes: Mapping[str, Any], arrays: Mapping[str, Any]
+  ) -> dict:
+    """The tree of shardings for a tree of arrays.
+
+    Args:
+      axes: a tuple of logical names in place of each array, as a method's
+        `axes(arrays)`; None among the names, and names without a rule, are
+        whole on every device.
+      arrays: or their shapes.
 
     Raises:
       UserError: a dimension does not divide by its mesh axis.
     """
-    shardings = {}
-    for path, value in traverse_util.flatten_dict(shapes).items():
-      names = logical_axes(path, len(value.shape))
-      if path[-1] == 'scale':
+    axes, found = parameters.flatten(axes), {}
+    for path, array in parameters.flatten(arrays).items():
+      names = axes[path]
+      if names is None:
+        raise ValueError(f'no logical axes are known for {path}')
+      if set(names) <= {'embed', 'layers'}:
         # A norm's few kilobytes cost more to gather than to keep.
-        names = tuple(None if name == 'embed' else name for name in names)
-      sharding = self.sharding(*names)
-      for name, size, axes in zip(names, value.shape, sharding.spec):
-        if size % self._size(axes):
+        names = (None,) * len(names)
+      found[path] = self.sharding(*names)
+      for name, size, mesh_axes in zip(names, array.shape, found[path].spec):
+        if size % self._size(mesh_axes):
           raise UserError(
-            f'{"/".join(path)} has {size} {name}, which {self._size(axes)}'
-            f' devices on mesh axis {axes} do not divide; choose a smaller'
-            f' {axes} or bind another rule for {name}'
+            f'{path} has {size} {name}, which {self._size(mesh_axes)} devices'
+            f' on mesh axis {mesh_axes} do not divide; choose a smaller'
+            f' {mesh_axes} or bind another rule for {name}'
           )
-      shardings[path] = sharding
-    return traverse_util.unflatten_dict(shardings)
+    return parameters.nest(found)
+
+  def params(self, shapes: Mapping[str, Any]) -> dict:
+    """`shardings` of T5's own parameters."""
+    paths = parameters.flatten(shapes)
+    axes = {path: parameters.logical_axes(path) for path in paths}
+    return self.shardings(axes, shapes)
 
   def frozen(self, shapes: Mapping[str, Any]) -> dict:
     """As `params`, for parameters that a step only reads.
@@ -252,20 +238,14 @@ class Layout:
     here, as a loop over them reads them. A step would else make a copy of all
     weights in that order, as large as they are.
     """
-
-    def in_order(sharding, leaf, path):
-      if 'layers' not in logical_axes(path, len(leaf.shape)):
-        return sharding
-      order = (1, 0, *range(2, len(leaf.shape)))
-      return Format(DeviceLayout(major_to_minor=order), sharding)
-
-    return jax.tree_util.tree_map_with_path(
-      lambda path, sharding, leaf: in_order(
-        sharding, leaf, [key.key for key in path]
-      ),
-      self.params(shapes),
-      shapes,
-    )
+    found = parameters.flatten(self.params(shapes))
+    for path, array in parameters.flatten(shapes).items():
+      if parameters.is_scanned(path):
+        order = list(range(len(array.shape)))
+        order.insert(0, order.pop(parameters.LAYERS_AXIS))
+        layout = DeviceLayout(major_to_minor=tuple(order))
+        found[path] = Format(layout, found[path])
+    return parameters.nest(found)
 
   def reading_parts(self, batch_size: int) -> int:
     """Parts of a batch of which each process needs one or more in whole."""

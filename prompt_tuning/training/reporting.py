@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from etils import epath
+import jax
 import tensorboardX
 
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -50,9 +52,8 @@ class MetricsWriter:
           kept.append(line)
       except ValueError:
         pass  # A killed run may leave half a line.
-    partial = self.path.with_suffix('.partial')
-    partial.write_text(''.join(kept))
-    partial.replace(self.path)
+    with files.replacing(self.path) as file:
+      file.write(''.join(kept))
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]):
     if self._silent:
@@ -138,6 +139,67 @@ class Progress:
       self._live = False
     self._stream.write(text + '\n')
     self._stream.flush()
+
+
+class Clock:
+  """Counts what went through between two lines of metrics."""
+
+  def __init__(self):
+    self.take()
+
+  def add(self, batch, waited: float):
+    self._examples += batch['encoder_input_tokens'].shape[0]
+    self._tokens += sum(
+      batch[name].size
+      for name in ('encoder_input_tokens', 'decoder_target_tokens')
+    )
+    self._waited += waited
+
+  def take(self) -> dict[str, float]:
+    """Rates since the last call; tokens are counted with their padding."""
+    now = time.monotonic()
+    rates = {}
+    if hasattr(self, '_start'):
+      passed = max(now - self._start, 1e-9)
+      rates = {
+        'examples_per_second': self._examples / passed,
+        'tokens_per_second': self._tokens / passed,
+        'input_wait_share': self._waited / passed,
+      }
+    self._start, self._examples, self._tokens, self._waited = now, 0, 0, 0.0
+    return rates
+
+
+def count_parameters(tree: Any) -> int:
+  """Scalars in all leaves."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def per_token(sums: Mapping[str, Any]) -> dict[str, float]:
+  """Loss and accuracy of a token, of the sums of `model.loss_fn`."""
+  tokens = max(float(sums['tokens']), 1.0)
+  return {
+    'loss_per_token': float(sums['cross_entropy']) / tokens,
+    'accuracy': float(sums['correct']) / tokens,
+  }
+
+
+def summary(
+  metrics: Mapping[str, Any], rates: Mapping[str, float]
+) -> dict[str, float]:
+  """A line of metrics of a step, fetched from the devices."""
+  metrics = jax.device_get(metrics)
+  kept = (
+    'loss',
+    'z_loss',
+    'tokens',
+    'learning_rate',
+    'gradient_norm',
+    'update_norm',
+    'trained_norm',
+  )
+  values = {name: float(metrics[name]) for name in kept}
+  return per_token(metrics) | values | rates
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,7 @@
 #
 #   NAME=boolq-xxl IMAGE=europe-docker.pkg.dev/me/prompt_tuning TOPOLOGY=4x4 \
 #     ACCELERATOR=tpu-v5-lite-podslice HOSTS=4 CHIPS=4 ./scripts/launch/jobset.sh \
-#     --gin_file=models/t5_1_1_xxl.gin ... --gin.MODEL_DIR="'gs://bucket/run'"
+#     models/t5_1_1_xxl runs/prompt_tune ... MODEL_DIR=gs://bucket/run
 #
 # Arguments are those of `prompt-tuning train`; --dry_run prints the manifest. IMAGE
 # has Python 3.11 and prompt_tuning[tpu]. A pod that is lost restarts the whole

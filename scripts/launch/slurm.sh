@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains as a Slurm job, a process for each GPU; JAX finds its peers by Slurm.
 #
-#   NODES=2 GPUS=8 ./scripts/launch/slurm.sh --gin_file=models/t5_1_1_xl.gin ...
+#   NODES=2 GPUS=8 ./scripts/launch/slurm.sh models/t5_1_1_xl runs/prompt_tune ...
 #
 # Arguments are those of `prompt-tuning train`; --dry_run prints the job's script.
 # The job saves before its time ends, and is queued again until it is done; so it

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on several machines over plain ssh: the same command on each.
 #
-#   HOSTS="a b c" ./scripts/launch/ssh.sh --gin_file=models/t5_1_1_xl.gin ...
+#   HOSTS="a b c" ./scripts/launch/ssh.sh models/t5_1_1_xl runs/prompt_tune ...
 #
 # Arguments are those of `prompt-tuning train`; --dry_run prints what would run.
 # MODEL_DIR must be a folder that all hosts share, or gs://. The package is

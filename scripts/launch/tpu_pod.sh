@@ -3,7 +3,7 @@
 # every worker, runs the same command on all, and starts over after a preemption.
 #
 #   TPU=my-slice ZONE=us-central2-b TYPE=v4-32 ./scripts/launch/tpu_pod.sh \
-#     --gin_file=models/t5_1_1_xxl.gin ... --gin.MODEL_DIR="'gs://bucket/run'"
+#     models/t5_1_1_xxl runs/prompt_tune ... MODEL_DIR=gs://bucket/run
 #
 # Arguments are those of `prompt-tuning train`; --dry_run prints the commands.
 # MODEL_DIR must be gs://. Nothing is deleted but a slice that was preempted.

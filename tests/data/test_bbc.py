@@ -1,9 +1,10 @@
 import importlib.util
 
 import pytest
+from registered import get_task
 
 from prompt_tuning.data import bbc
-from prompt_tuning.data import task_data
+from prompt_tuning.data import task as task_lib
 from prompt_tuning.errors import UserError
 
 needs_articles = pytest.mark.skipif(
@@ -44,8 +45,8 @@ def test_no_text_title_or_opening_is_in_two_splits():
 
 @needs_articles
 def test_the_task_is_found_by_name_and_asks_for_the_topic(tiny_vocabulary):
-  task = task_data.get_task('bbc_topics', vocabulary=tiny_vocabulary)
-  assert task_data.class_labels(task) == list(bbc.TOPICS)
+  task = get_task('bbc_topics', vocabulary=tiny_vocabulary)
+  assert task_lib.class_labels(task) == list(bbc.TOPICS)
   first = next(
     task.get_dataset(
       {'inputs': 16, 'targets': 8}, 'test', shuffle=False

@@ -5,6 +5,7 @@ import seqio
 
 from prompt_tuning.data import classification
 from prompt_tuning.data.classification import register_classification_task
+from prompt_tuning.data.task import Task
 from prompt_tuning.errors import UserError
 
 LABELS = ('negative', 'positive')
@@ -115,7 +116,9 @@ def test_the_majority_class_is_that_of_training_and_scored_on_the_test_split(
     return [{'text': 'a', 'label': label} for label in labels]
 
   register('cls_majority', {'train': rows(2, 3), 'test': rows(3, 1)})
-  result = classification.majority_class('cls_majority')
+  result = classification.majority_class(
+    Task('cls_majority', {'inputs': 16, 'targets': 4})
+  )
   assert result['accuracy'] == 25.0
   assert result['majority_share'] == 75.0
   # F1 of negative is 0, of positive 2 * 0.25 / 1.25.

@@ -6,8 +6,8 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from prompt_tuning.data import task_data
 from prompt_tuning.data.classification import register_classification_task
+from prompt_tuning.data.task import Task
 from prompt_tuning.data.task_data import TaskData
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
@@ -75,8 +75,12 @@ def tasks(tiny_vocabulary):
   seqio.MixtureRegistry.remove('stream_mixed')
 
 
+OF_TASK = {field.name for field in dataclasses.fields(Task)}
+
+
 def data(name='stream_a', **changes):
-  return TaskData(name, LENGTHS, batch_size=4, **changes)
+  of_task = {k: changes.pop(k) for k in list(changes) if k in OF_TASK}
+  return TaskData(Task(name, LENGTHS, **of_task), batch_size=4, **changes)
 
 
 def first_batches(
@@ -213,7 +217,7 @@ def test_another_vocabulary_changes_the_ids_and_not_what_is_registered(
   other = tmp_path / 'other.model'
   other.write_bytes(open(tiny_vocabulary, 'rb').read())
   for name in ('stream_a', 'stream_mixed'):
-    task = task_data.get_task(name, vocabulary=str(other))
+    task = Task(name, LENGTHS, vocabulary=str(other)).seqio()
     for part in seqio.get_subtasks(task):
       for feature in part.output_features.values():
         assert str(other) in repr(feature.vocabulary.__dict__)
@@ -224,9 +228,7 @@ def test_another_vocabulary_changes_the_ids_and_not_what_is_registered(
 
 def test_labels_survive_a_change_of_vocabulary(tiny_vocabulary):
   assert data().class_labels() == ['negative', 'positive']
-  changed = dataclasses.replace(
-    data('stream_mixed'), vocabulary=tiny_vocabulary
-  )
+  changed = data('stream_mixed', vocabulary=tiny_vocabulary)
   assert changed.class_labels() == ['negative', 'positive']
 
 
@@ -241,24 +243,33 @@ def test_labels_survive_a_change_of_vocabulary(tiny_vocabulary):
     (data(modules=('no_such_module',)), "'no_such_module', which is not"),
     (data('stream_in_order'), 'forbids shuffling; set shuffle=False'),
     (data(num_shards=3), 'BATCH_SIZE 4 does not divide by the 3 parts'),
-    (
-      TaskData('stream_a', {'inputs': 8}, 4),
-      "TASK_FEATURE_LENGTHS needs a length for 'targets'",
-    ),
-    (
-      TaskData('stream_a', {**LENGTHS, 'target': 8}, 4),
-      "got also 'target'",
-    ),
-    (
-      TaskData('stream_a', {'inputs': 8, 'targets': 0}, 4),
-      'must be an integer of 1 or more, got 0',
-    ),
   ],
 )
 def test_faults_are_one_line_before_the_first_batch(source, message):
   with pytest.raises(UserError, match=message) as caught:
     source.batches(virtual_tokens=None, seed=0, start=0)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('lengths', 'message'),
+  [
+    ({'inputs': 8}, "TASK_FEATURE_LENGTHS needs a length for 'targets'"),
+    ({**LENGTHS, 'target': 8}, "got also 'target'"),
+    ({'inputs': 8, 'targets': 0}, 'must be an integer of 1 or more, got 0'),
+    ({'inputs': 8.5, 'targets': 1}, 'must be an integer of 1 or more, got 8.5'),
+  ],
+)
+def test_lengths_are_checked_where_they_are_said(lengths, message):
+  with pytest.raises(UserError, match=message):
+    Task('stream_a', lengths)
+
+
+def test_what_we_use_of_seqio_without_a_public_name_is_there():
+  mixture = seqio.MixtureRegistry.get('stream_mixed')
+  assert callable(mixture._sample_fn)
+  source = seqio.TfdsDataSource('glue/rte:1.0.0', splits={'a': 'train'})
+  assert source.tfds_dataset._split_map == {'a': 'train'}
 
 
 def test_text_ids_are_never_taken_for_virtual_tokens():

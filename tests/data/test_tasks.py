@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+from registered import get_task
 import seqio
 import tensorflow as tf
 
@@ -12,13 +13,13 @@ from prompt_tuning.data import postprocessors
 from prompt_tuning.data import pretraining
 from prompt_tuning.data import registration
 from prompt_tuning.data import sources
-from prompt_tuning.data import task_data
+from prompt_tuning.data import task as task_lib
 from prompt_tuning.errors import UserError
 
 
 def texts(task_name, row, **options):
   """(inputs, targets) of a row in TFDS's schema."""
-  task = task_data.get_task(task_name, **options)
+  task = get_task(task_name, **options)
   tfds_name = task.source.tfds_dataset.name.partition(':')[0]
   values = sources.columns([row], local_files.DATA[tfds_name].schema)
   dataset = tf.data.Dataset.range(1).map(
@@ -194,7 +195,7 @@ def test_a_wsc_index_that_points_elsewhere_is_an_error():
 
 def test_task_index_puts_a_sentinel_of_the_tasks_own_in_front():
   for name, number in (('boolq', 0), ('rte', 5), ('axg', 5)):
-    task = task_data.get_task(
+    task = get_task(
       f'task_index_super_glue_{name}_v102', vocabulary='t5_1_1_mini'
     )
     dataset = tf.data.Dataset.from_tensors({'inputs': 'a', 'targets': 'b'})
@@ -207,19 +208,19 @@ def test_task_index_puts_a_sentinel_of_the_tasks_own_in_front():
 
 
 def test_transfer_reads_the_other_tasks_words():
-  task = task_data.get_task('glue_mrpc_from_qqp_v002')
+  task = get_task('glue_mrpc_from_qqp_v002')
   assert [
     task.postprocess_fn(text, is_target=False)
     for text in ('duplicate', 'not_duplicate', 'equivalent', 'maybe')
   ] == [1, 0, 1, -1]
   # What the model is asked to rank are the words that it was taught.
-  assert task_data.class_labels(task) == ['not_duplicate', 'duplicate']
+  assert task_lib.class_labels(task) == ['not_duplicate', 'duplicate']
   # A target is never rewritten.
   assert task.postprocess_fn('duplicate', is_target=True) == -1
 
 
 def test_mixtures_have_the_rates_of_t5_and_no_other_forms_tasks():
-  task_data.get_task('bbc_topics')
+  get_task('bbc_topics')
   for model in registration.VOCABULARIES:
     for form in registration.FORMS:
       mixture = seqio.MixtureRegistry.get(
@@ -232,8 +233,8 @@ def test_mixtures_have_the_rates_of_t5_and_no_other_forms_tasks():
 
 
 def test_examples_variants_give_the_same_metrics_on_richer_predictions():
-  plain = task_data.get_task('glue_mrpc_v002')
-  logged = task_data.get_task('glue_mrpc_v002_examples')
+  plain = get_task('glue_mrpc_v002')
+  logged = get_task('glue_mrpc_v002_examples')
   example = {'inputs_pretokenized': 'a', 'targets_pretokenized': 'equivalent'}
   answers = ['equivalent', 'not_equivalent', 'junk']
 
@@ -260,7 +261,7 @@ def test_examples_variants_give_the_same_metrics_on_richer_predictions():
 
 
 def test_target_sentinel_goes_before_targets_and_from_predictions():
-  task = task_data.get_task(
+  task = get_task(
     'taskless_glue_rte_v002', vocabulary='t5_1_1_mini', target_sentinel=True
   )
   dataset = tf.data.Dataset.from_tensors({'inputs': 'a', 'targets': 'b'})
@@ -335,7 +336,7 @@ LENGTHS = {'inputs': 64, 'targets': 40}
 
 @pytest.mark.parametrize('name', pretraining.OBJECTIVES)
 def test_objectives_fit_their_lengths_and_keep_the_text(name):
-  task = task_data.get_task(f'c4_v220_{name}', vocabulary='t5_1_1_mini')
+  task = get_task(f'c4_v220_{name}', vocabulary='t5_1_1_mini')
   documents = [' '.join(f'word {i} of {j}.' for i in range(80)) for j in (1, 2)]
   dataset = tf.data.Dataset.from_tensor_slices({'text': documents})
   features = task.output_features
@@ -396,8 +397,9 @@ def rejoined(inputs, targets):
 def test_missing_tfds_data_say_which_folder_and_command(tmp_path, monkeypatch):
   folder = str(tmp_path / 'tfds')
   monkeypatch.setattr(seqio.utils, '_TFDS_DATA_DIR_OVERRIDE', folder)
-  task = task_data.get_task('glue_wnli_v002', vocabulary='t5_1_1_mini')
+  lengths = {'inputs': 8, 'targets': 4}
+  task = task_lib.Task('glue_wnli_v002', lengths, vocabulary='t5_1_1_mini')
   with pytest.raises(UserError) as error:
-    task_data.check_task(task, 'train', {'inputs': 8, 'targets': 4})
+    task.checked('train')
   for part in ('glue/wnli:1.0.0', folder, 'prepare_data.py', 'LOCAL_DATA_DIR'):
     assert part in str(error.value)

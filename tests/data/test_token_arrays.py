@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from prompt_tuning.data import objectives
+from prompt_tuning.data import token_array_data
 from prompt_tuning.data import token_arrays
 from prompt_tuning.data import vocabularies
-from prompt_tuning.data.token_arrays import TokenArrayData
+from prompt_tuning.data.token_array_data import TokenArrayData
 from prompt_tuning.data.token_arrays import TokenArrays
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
@@ -199,21 +201,21 @@ def test_a_changed_token_is_found_by_verify(folder):
 
 def test_window_lengths_are_those_published_for_t5():
   # Raffel et al. pre-train with inputs of 512: 568 tokens, targets of 114.
-  assert token_arrays.span_corruption_window(512, 114) == 568
-  assert token_arrays.span_corruption_lengths(568) == (512, 114)
+  assert objectives.span_corruption_window(512, 114) == 568
+  assert objectives.span_corruption_lengths(568) == (512, 114)
 
 
 def test_the_shorter_side_bounds_the_window():
-  window = token_arrays.span_corruption_window(512, 60)
-  inputs, targets = token_arrays.span_corruption_lengths(window)
+  window = objectives.span_corruption_window(512, 60)
+  inputs, targets = objectives.span_corruption_lengths(window)
   assert inputs <= 512 and targets <= 60
-  assert token_arrays.span_corruption_lengths(window + 1)[1] > 60
+  assert objectives.span_corruption_lengths(window + 1)[1] > 60
 
 
 def test_segmentation_divides_into_non_empty_runs():
   rng = np.random.default_rng(0)
   for items, segments in [(1, 1), (5, 5), (85, 28), (10, 1)]:
-    lengths = token_arrays.random_segmentation(rng, items, segments)
+    lengths = objectives.random_segmentation(rng, items, segments)
     assert lengths.shape == (segments,)
     assert lengths.min() >= 1 and lengths.sum() == items
 
@@ -221,14 +223,14 @@ def test_segmentation_divides_into_non_empty_runs():
 def test_all_divisions_are_equally_likely():
   # 4 items in 2 runs: 1+3, 2+2 and 3+1, each a third of the time.
   rng = np.random.default_rng(0)
-  firsts = [token_arrays.random_segmentation(rng, 4, 2)[0] for _ in range(3000)]
+  firsts = [objectives.random_segmentation(rng, 4, 2)[0] for _ in range(3000)]
   np.testing.assert_allclose(np.bincount(firsts)[1:] / 3000, 1 / 3, atol=0.03)
 
 
 def test_a_window_of_twenty_by_hand():
   # 20 tokens: 3 of noise in 1 span. Kept runs come first, so the text is 17
   # kept ids, then the span.
-  inputs, targets = token_arrays.span_corruption(
+  inputs, targets = objectives.span_corruption(
     np.random.default_rng(0), np.arange(10, 30), 999
   )
   assert inputs.tolist() == [*range(10, 27), 999, 1]
@@ -239,10 +241,10 @@ def test_a_window_of_twenty_by_hand():
 def test_span_corruption_can_be_undone(length):
   window = np.random.default_rng(1).integers(3, 500, length)
   for seed in range(5):
-    inputs, targets = token_arrays.span_corruption(
+    inputs, targets = objectives.span_corruption(
       np.random.default_rng(seed), window, 999
     )
-    assert (len(inputs), len(targets)) == token_arrays.span_corruption_lengths(
+    assert (len(inputs), len(targets)) == objectives.span_corruption_lengths(
       length
     )
     assert inputs[-1] == targets[-1] == 1 and targets[0] == 999
@@ -254,8 +256,8 @@ def test_span_corruption_can_be_undone(length):
 
 def test_without_sentinels_the_ids_are_the_same_but_for_the_marks():
   window = np.arange(10, 110)
-  marked = token_arrays.span_corruption(np.random.default_rng(3), window, 999)
-  bare = token_arrays.span_corruption(
+  marked = objectives.span_corruption(np.random.default_rng(3), window, 999)
+  bare = objectives.span_corruption(
     np.random.default_rng(3), window, 999, sentinels=False
   )
   for with_marks, without in zip(marked, bare):
@@ -270,7 +272,7 @@ def test_prefix_lm_loses_no_token(lengths):
   window = np.arange(100, 132) if sum(lengths) > 32 else np.arange(100, 130)
   points = set()
   for seed in range(400):
-    inputs, targets = token_arrays.prefix_lm(
+    inputs, targets = objectives.prefix_lm(
       np.random.default_rng(seed), window, *lengths
     )
     assert inputs[-1] == targets[-1] == 1
@@ -406,7 +408,8 @@ def test_virtual_tokens_are_placed_in_each_row(folder, placement):
 
 def test_the_data_says_what_the_protocol_asks(folder):
   data = TokenArrayData(str(folder), 'prefix_lm', 4, LENGTHS)
-  assert data.class_labels() is None
+  assert data.class_labels() is data.name is data.num_shards is None
+  assert (data.batch_size, data.feature_lengths) == (4, LENGTHS)
   assert vocabularies.load_vocabulary(data.vocabulary).size > 0
 
 
@@ -416,14 +419,14 @@ def test_the_data_says_what_the_protocol_asks(folder):
     ({'objective': 'span_corruptoin'}, 'span_corruption, prefix_lm'),
     ({'split': 'test'}, 'train, validation'),
     ({'batch_size': 0}, 'batch_size'),
-    ({'task_feature_lengths': {'inputs': 32}}, 'inputs and targets'),
-    ({'task_feature_lengths': {'inputs': 2, 'targets': 9}}, '3 or more'),
+    ({'feature_lengths': {'inputs': 32}}, 'inputs and targets'),
+    ({'feature_lengths': {'inputs': 2, 'targets': 9}}, '3 or more'),
     ({'window': 60}, 'does not fit'),
     ({'noise_density': 1.0}, 'noise_density'),
     ({'validation_fraction': 1.0}, 'validation_fraction'),
     ({'folder': '/nowhere'}, 'lacks'),
     (
-      {'task_feature_lengths': {'inputs': 2048, 'targets': 512}},
+      {'feature_lengths': {'inputs': 2048, 'targets': 512}},
       '100 sentinels',
     ),
   ],
@@ -433,7 +436,7 @@ def test_wrong_settings_are_one_line_before_the_first_batch(
 ):
   with pytest.raises(UserError, match=said) as error:
     TokenArrayData(
-      **{'folder': str(folder), 'task_feature_lengths': LENGTHS, **settings}
+      **{'folder': str(folder), 'feature_lengths': LENGTHS, **settings}
     )
   assert '\n' not in str(error.value)
 
@@ -485,7 +488,7 @@ def test_pairs_are_whole_or_cut_before_eos(pair_folder, documents):
 
 def test_pairs_have_no_pair_in_two_splits(pair_folder):
   pairs = []
-  for split in token_arrays.SPLITS:
+  for split in token_array_data.SPLITS:
     data = TokenArrayData(
       str(pair_folder),
       'text_to_text',

@@ -64,7 +64,7 @@ def test_placing_virtual_tokens_and_naming_a_task_need_no_tensorflow():
     'import sys\n'
     'import prompt_tuning.data.virtual_tokens\n'
     'import prompt_tuning.data.task_data\n'
-    'import prompt_tuning.data.tables\n'
+    'import prompt_tuning.data.records\n'
     'loaded = {"tensorflow", "seqio"} & set(sys.modules)\n'
     'assert not loaded, loaded\n'
   )

@@ -5,6 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,15 +16,30 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.interop.prompts import load_prompt
+from prompt_tuning.interop.prompts import load_trained
 from prompt_tuning.interop.prompts import save_prompt
+from prompt_tuning.methods.ia3 import IA3
+from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.method import ANY_TEXT
+from prompt_tuning.methods.per_layer import PerLayerPrompt
+from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
+from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
-from prompt_tuning.training.inference import load_variables
+from prompt_tuning.serving import loading
+from prompt_tuning.training.trained import Trained
+from prompt_tuning.training.trained import save_trained
 
 
 @pytest.fixture
 def table():
   return np.random.default_rng(0).normal(size=(5, 192)).astype(np.float32)
+
+
+def save_peft(folder, table):
+  trained = Trained(Prompt(len(table)), {'table': table[None]})
+  config = network.T5Config(8192, 192, 4, 48, 512, 4, 2)
+  return adapters.save_peft(folder, trained, base='t5', config=config)
 
 
 def adapter(folder, **change):
@@ -33,7 +49,7 @@ def adapter(folder, **change):
 
 
 def test_an_adapter_comes_back(tmp_path, table):
-  adapters.save_peft(tmp_path, table, base='t5', num_layers=4, num_heads=4)
+  save_peft(tmp_path, table)
   found, facts = load_prompt(tmp_path)
   np.testing.assert_array_equal(found, table[None])
   assert facts == {'base': 't5', 'format': 'peft PROMPT_TUNING'}
@@ -45,7 +61,7 @@ def test_an_adapter_comes_back(tmp_path, table):
 
 @pytest.mark.parametrize('kind', ['PROMPT_TUNING', 'P_TUNING'])
 def test_the_first_half_is_the_encoders(tmp_path, table, kind):
-  adapters.save_peft(tmp_path, table, base='t5', num_layers=4, num_heads=4)
+  save_peft(tmp_path, table)
   both = np.concatenate([table, table + 1])
   safetensors.numpy.save_file(
     {'prompt_embeddings': both}, tmp_path / 'adapter_model.safetensors'
@@ -64,14 +80,14 @@ def refused(path, *words):
 
 
 def test_other_adapters_and_shapes_are_refused(tmp_path, table):
-  adapters.save_peft(tmp_path, table, base='t5', num_layers=4, num_heads=4)
+  save_peft(tmp_path, table)
   adapter(tmp_path, num_virtual_tokens=4)
   refused(tmp_path, 'shape [5, 192]', '4 virtual tokens')
   adapter(tmp_path, peft_type='LORA')
   refused(tmp_path, 'type LORA')
   (tmp_path / 'adapter_config.json').write_text('{}')
   refused(tmp_path, 'adapter_config.json', 'peft_type')
-  adapters.save_peft(tmp_path, table, base='t5', num_layers=4, num_heads=4)
+  save_peft(tmp_path, table)
   (tmp_path / 'adapter_model.safetensors').rename(
     tmp_path / 'adapter_model.bin'
   )
@@ -193,6 +209,14 @@ def test_inspect_says_what_is_there_and_compares_prompts(
       ['convert', 't5_1_1_mini', 'out', '--to=safetensors', '--prompt=PROMPT'],
       'no place for a prompt',
     ),
+    (
+      ['convert', 't5_1_1_mini', 'out', '--to=safetensors', '--trained=PROMPT'],
+      'no plain T5 acts as one with the prompt',
+    ),
+    (
+      ['convert', 'PROMPT', 'out', '--to=numpy', '--trained=PROMPT'],
+      'leave --trained away',
+    ),
     (['convert', 'a', 'b', 'out', '--to=numpy'], 'made of one source, got 2'),
     (['inspect', 'nothing'], 'no checkpoint nothing'),
   ],
@@ -206,6 +230,167 @@ def test_faults_are_one_line(
   assert error.startswith('error: ') and error.count('\n') == 1
   assert message in error
   assert not (tmp_path / 'out').exists()
+
+
+# Methods.
+
+
+def save_method(folder, method, base='t5_1_1_mini', **facts):
+  """A file of a method on a base, with arrays other than those of the start."""
+  base = load_checkpoint(base)
+  params = parameters.nest(
+    {path: np.zeros(x.shape, 'f') for path, x in base.arrays.items()}
+  )
+  start = method.init(jax.random.key(0), params, ANY_TEXT)
+  rng = np.random.default_rng(1)
+  arrays = {
+    path: np.asarray(array) + 0.1 * rng.normal(size=array.shape).astype('f')
+    for path, array in parameters.flatten(start).items()
+  }
+  facts = {'base': base.path, 'base_fingerprint': base.fingerprint(), **facts}
+  save_trained(folder, Trained(method, arrays, facts))
+  return arrays
+
+
+def logits_of(base, *trained):
+  """Logits of a base with what was trained on it."""
+  model = EncoderDecoderModel(base.config())
+  loaded = loading.load(model, base, trained, dtype='float32')
+  decoder = jnp.array([[0, 5, 17]], jnp.int32)
+  batch = {
+    'encoder_input_tokens': jnp.array([[31, 7, 9, 4, 1, 0]], jnp.int32),
+    'decoder_input_tokens': decoder,
+    'decoder_target_tokens': jnp.ones_like(decoder),
+  }
+  return np.asarray(loaded.model.logits(loaded.variables, batch))
+
+
+LORA = Lora(2, alpha=3.0, targets=('query', 'out', 'wi_1', 'wo'))
+
+
+@pytest.mark.parametrize('to', ['safetensors', 't5x', 'hugging_face'])
+def test_a_folded_method_is_the_method(tmp_path, to):
+  save_method(tmp_path / 'methods', LORA)
+  save_method(tmp_path / 'methods', IA3(outputs=('key', 'query')))
+  trained = f'--trained={tmp_path / "methods"}'
+  folded = tmp_path / 'folded'
+  assert run('convert', 't5_1_1_mini', folded, f'--to={to}', trained) == 0
+  base = load_checkpoint('t5_1_1_mini')
+  both = load_trained(tmp_path / 'methods')
+  assert {one.method.collection for one in both} == {'lora', 'ia3'}
+  expected = logits_of(base, *both)
+  bound = 1e-5 * np.abs(expected).max()
+  assert np.abs(logits_of(base) - expected).max() > 100 * bound
+  np.testing.assert_allclose(
+    logits_of(load_checkpoint(folded)), expected, atol=bound
+  )
+
+
+def test_methods_are_inspected_and_compared(tmp_path, capsys):
+  save_method(tmp_path / 'one', LORA)
+  arrays = save_method(tmp_path / 'other', LORA)
+  path = 'encoder/layers_0/mlp/wo/a'
+  arrays[path][0, 0] += 1
+  save_trained(tmp_path / 'other', Trained(LORA, arrays))
+  assert run('inspect', tmp_path / 'one') == 0
+  out = capsys.readouterr().out
+  assert 'one: lora\n' in out and '512x2' in out and 'in 56 arrays' in out
+  assert run('diff', tmp_path / 'one', tmp_path / 'other') == 1
+  assert f'{path}: 1 of 1,024 values differ' in capsys.readouterr().out
+
+
+def test_methods_that_do_not_fit_are_one_line(tmp_path, capsys):
+  def said(method, **facts):
+    save_method(tmp_path / method.collection, method, **facts)
+    source = tmp_path / method.collection
+    words = ['t5_1_1_mini', tmp_path / 'out', '--to=t5x', f'--trained={source}']
+    assert run('convert', *words) == 1
+    words = [source, tmp_path / 'out', '--to=peft', '--base=t5_1_1_mini']
+    assert run('convert', *words) == 1
+    folding, adapter = capsys.readouterr().err.splitlines()
+    assert not (tmp_path / 'out').exists()
+    return folding, adapter
+
+  folding, adapter = said(PerLayerPrompt(3))
+  assert 'no plain T5 acts as one with the per_layer' in folding
+  assert 'peft has an adapter for prompt, lora, ia3, got per_layer' in adapter
+  for message in said(LORA, base_fingerprint='0' * 16):
+    assert 'was trained on t5_1_1_mini (fingerprint 0000' in message
+  arrays = {
+    'encoder/layers_0/mlp/wo/a': np.zeros((5, 2), 'f'),
+    'encoder/layers_0/mlp/wo/b': np.zeros((2, 192), 'f'),
+  }
+  save_trained(tmp_path / 'small', Trained(LORA, arrays))
+  trained = f'--trained={tmp_path / "small"}'
+  assert run('convert', 't5_1_1_mini', 'out', '--to=t5x', trained) == 1
+  assert 'does not fit t5_1_1_mini' in capsys.readouterr().err
+
+
+def peft_of(tmp_path, source):
+  """Arrays and configuration of a method's PEFT adapter."""
+  words = [source, tmp_path / 'peft', '--to=peft', '--base=t5_1_1_mini']
+  assert run('convert', *words) == 0
+  text = (tmp_path / 'peft/adapter_config.json').read_text()
+  weights = tmp_path / 'peft/adapter_model.safetensors'
+  return safetensors.numpy.load_file(weights), json.loads(text)
+
+
+def test_lora_is_pefts_lora(tmp_path):
+  arrays = save_method(tmp_path / 'lora', LORA)
+  stored, config = peft_of(tmp_path, tmp_path / 'lora')
+  assert {config[key] for key in ('peft_type', 'task_type')} == {
+    'LORA',
+    'SEQ_2_SEQ_LM',
+  }
+  assert (config['r'], config['lora_alpha']) == (2, 3.0)
+  assert config['target_modules'] == ['o', 'q', 'wi_1', 'wo']
+  assert config['base_model_name_or_path'] == 't5_1_1_mini'
+  # 4 encoder layers of 4 kernels, 2 decoder layers of 6, with A and B each.
+  assert len(stored) == 2 * (4 * 4 + 2 * 6)
+  for theirs, ours, shape in (
+    (
+      'encoder.block.3.layer.0.SelfAttention.q.lora_A',
+      'encoder/layers_3/attention/query/a',
+      (2, 192),
+    ),
+    (
+      'decoder.block.1.layer.1.EncDecAttention.o.lora_B',
+      'decoder/layers_1/encoder_decoder_attention/out/b',
+      (192, 2),
+    ),
+    (
+      'decoder.block.0.layer.2.DenseReluDense.wo.lora_A',
+      'decoder/layers_0/mlp/wo/a',
+      (2, 512),
+    ),
+  ):
+    found = stored[f'base_model.model.{theirs}.weight']
+    assert found.shape == shape
+    np.testing.assert_array_equal(found, arrays[ours].T)
+
+
+def test_ia3_is_pefts_ia3(tmp_path):
+  arrays = save_method(tmp_path / 'ia3', IA3())
+  stored, config = peft_of(tmp_path, tmp_path / 'ia3')
+  assert config['peft_type'] == 'IA3'
+  assert config['target_modules'] == ['k', 'v', 'wo']
+  assert config['feedforward_modules'] == ['wo']
+  assert len(stored) == 4 * 3 + 2 * 5
+  for theirs, ours, shape in (
+    (
+      'encoder.block.3.layer.1.DenseReluDense.wo',
+      'encoder/layers_3/mlp/wo/scale',
+      (1, 512),
+    ),
+    (
+      'decoder.block.1.layer.0.SelfAttention.k',
+      'decoder/layers_1/self_attention/key/scale',
+      (192, 1),
+    ),
+  ):
+    found = stored[f'base_model.model.{theirs}.ia3_l']
+    assert found.shape == shape
+    np.testing.assert_array_equal(found.ravel(), arrays[ours])
 
 
 # PEFT's own numbers.
@@ -222,9 +407,11 @@ def test_logits_equal_those_of_peft(shared_dir, name):
   model = EncoderDecoderModel(network.T5Config(*sizes))
   prompt = load_prompt(folder / name)
   base = load_checkpoint(folder / 'hf_tiny', step=0)
-  variables, virtual_tokens = load_variables(
-    model, base, prompt, dtype='float32'
+  loaded = loading.load(
+    model, base, load_trained(folder / name), dtype='float32'
   )
+  model, variables = loaded.model, loaded.variables
+  virtual_tokens = loaded.virtual_tokens
   data = np.load(folder / f'{name}_io.npz')
   np.testing.assert_array_equal(prompt[0][0], data['prompt_used'])
   ids = data['input_ids'] * data['attention_mask']

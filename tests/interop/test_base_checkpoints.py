@@ -13,7 +13,7 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.interop.base_checkpoints import save_base
-from prompt_tuning.training import checkpoints
+from prompt_tuning.training import base as base_lib
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.optimizers import adafactor
 from prompt_tuning.training.train_state import TrainState
@@ -56,13 +56,13 @@ def test_saved_weights_come_back_with_their_step(tmp_path, name):
   base = load_checkpoint(tmp_path / name)
   assert base.step == 1_100_000
   assert base.metadata['model'] == 'tiny'
-  assert base.metadata['fingerprint'] == checkpoints.fingerprint(params)
+  assert base.metadata['fingerprint'] == base_lib.fingerprint(params)
   assert set(safetensors.numpy.load_file(file)) == {
     'token_embedder/embedding',
     'encoder/layers_0/mlp/wo/kernel',
     'encoder/encoder_norm/scale',
   }
-  assert_same(checkpoints.load_params(base, shapes_of(params)), params)
+  assert_same(base_lib.load_params(base, shapes_of(params)), params)
 
 
 def test_bfloat16_storage_halves_the_file_and_keeps_the_fingerprint(tmp_path):
@@ -71,11 +71,11 @@ def test_bfloat16_storage_halves_the_file_and_keeps_the_fingerprint(tmp_path):
   base = load_checkpoint(tmp_path)
   array = base.arrays['token_embedder/embedding']
   assert array.dtype == ml_dtypes.bfloat16 and array.shape == (64, 8)
-  assert base.fingerprint() == checkpoints.fingerprint(params)
+  assert base.fingerprint() == base_lib.fingerprint(params)
   rounded = jax.tree.map(
     lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params
   )
-  loaded = checkpoints.load_params(base, shapes_of(params), dtype='float32')
+  loaded = base_lib.load_params(base, shapes_of(params), dtype='float32')
   assert_same(loaded, rounded)
   assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype('float32')}
 
@@ -107,7 +107,7 @@ def test_run_that_trained_params_is_taken_with_its_step(tmp_path):
     saved.save(500, state, {})
   base = load_checkpoint(tmp_path)
   assert base.step == 500
-  assert_same(checkpoints.load_params(base, shapes_of(params)), params)
+  assert_same(base_lib.load_params(base, shapes_of(params)), params)
 
 
 def test_file_without_a_step_needs_one_from_the_user(tmp_path):
@@ -133,7 +133,7 @@ def test_file_that_vanishes_before_it_is_read_is_named(tmp_path):
   base = load_checkpoint(tmp_path)
   file.write_bytes(file.read_bytes()[:-100])
   with pytest.raises(UserError, match='model.safetensors .*damaged'):
-    checkpoints.load_params(base, shapes_of(params))
+    base_lib.load_params(base, shapes_of(params))
 
 
 def test_formats_that_are_not_read_are_said_so(tmp_path):

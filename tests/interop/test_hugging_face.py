@@ -16,10 +16,12 @@ import safetensors.numpy
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import hugging_face
+from prompt_tuning.interop import hugging_face_writing
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
+from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
-from prompt_tuning.training import checkpoints
+from prompt_tuning.training import base as base_lib
 
 SIZES = {
   'vocab_size': 48,
@@ -47,7 +49,7 @@ def parameters(config):
 @pytest.mark.parametrize('config', [GATED, TIED], ids=['1.1', '1.0'])
 def test_a_written_model_comes_back(tmp_path, config):
   params = parameters(config)
-  hugging_face.save_model(tmp_path, params, 1_000_000)
+  hugging_face_writing.save_model(tmp_path, params, 1_000_000)
   base = load_checkpoint(tmp_path)
   assert base.step == 1_000_000
   assert base.arrays.keys() == params.keys()
@@ -57,12 +59,12 @@ def test_a_written_model_comes_back(tmp_path, config):
     if array.ndim == 2:
       index = (slice(1, 5), slice(0, 2))
       np.testing.assert_array_equal(base.arrays[name][index], array[index])
-  assert base.fingerprint() == checkpoints.fingerprint(params)
+  assert base.fingerprint() == base_lib.fingerprint(params)
 
 
 def test_names_and_transposes_are_hugging_faces(tmp_path):
   params = parameters(GATED)
-  hugging_face.save_model(tmp_path, params, 5)
+  hugging_face_writing.save_model(tmp_path, params, 5)
   stored = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
   expected = {
     'shared.weight': params['token_embedder/embedding'],
@@ -105,8 +107,8 @@ def test_names_and_transposes_are_hugging_faces(tmp_path):
 
 def test_sharded_files_are_written_and_read(tmp_path, monkeypatch):
   params = parameters(GATED)
-  monkeypatch.setattr(hugging_face, '_SHARD_BYTES', 4000)
-  files = hugging_face.save_model(tmp_path, params, 5, dtype='bfloat16')
+  monkeypatch.setattr(hugging_face_writing, '_SHARD_BYTES', 4000)
+  files = hugging_face_writing.save_model(tmp_path, params, 5, dtype='bfloat16')
   assert sum(file.suffix == '.safetensors' for file in files) > 3
   base = load_checkpoint(tmp_path)
   for name, array in params.items():
@@ -124,7 +126,7 @@ def test_whether_a_model_is_tied_shows_in_its_file(tmp_path):
   config = tmp_path / 'config.json'
 
   def arrays(**change):
-    hugging_face.save_model(tmp_path, params, 5)
+    hugging_face_writing.save_model(tmp_path, params, 5)
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     return load_checkpoint(tmp_path).arrays
 
@@ -135,8 +137,25 @@ def test_whether_a_model_is_tied_shows_in_its_file(tmp_path):
   assert output not in arrays(tie_word_embeddings=True)
 
 
+def test_a_bias_of_cross_attention_is_passed_over(tmp_path):
+  """The public T5 1.0 files have one, in the decoder's place for its own."""
+  params = parameters(TIED)
+  hugging_face_writing.save_model(tmp_path, params, 5)
+  weights = tmp_path / 'model.safetensors'
+  stored = safetensors.numpy.load_file(weights)
+  name = 'decoder.block.0.layer.{}.relative_attention_bias.weight'
+  own = stored[name.format('0.SelfAttention')]
+  stored[name.format('1.EncDecAttention')] = own + 1
+  safetensors.numpy.save_file(stored, weights)
+  found = load_checkpoint(tmp_path).arrays
+  assert found.keys() == params.keys()
+  np.testing.assert_array_equal(
+    found['decoder/relpos_bias/rel_embedding'][...], own.T
+  )
+
+
 def test_a_step_is_asked_for(tmp_path):
-  hugging_face.save_model(tmp_path, parameters(GATED), 5)
+  hugging_face_writing.save_model(tmp_path, parameters(GATED), 5)
   config = json.loads((tmp_path / 'config.json').read_text())
   del config['prompt_tuning_step']
   (tmp_path / 'config.json').write_text(json.dumps(config))
@@ -151,13 +170,13 @@ def test_a_prompt_as_tokens_is_the_prompt(tmp_path):
   vocabulary = load_vocabulary('t5_1_1_mini')
   rng = np.random.default_rng(0)
   prompt = rng.normal(size=(5, 192)).astype(np.float32)
-  hugging_face.save_with_prompt_tokens(
+  hugging_face_writing.save_with_prompt_tokens(
     tmp_path, base.arrays, base.step, prompt, vocabulary
   )
   served = load_checkpoint(tmp_path)
   config = network.T5Config(8197, 192, 4, 48, 512, 4, 2)
   model = EncoderDecoderModel(config)
-  params = checkpoints.load_params(
+  params = base_lib.load_params(
     served, network.parameter_shapes(config), dtype='float32'
   )
   text = [*vocabulary.encode('The cup final.'), 1]
@@ -167,8 +186,10 @@ def test_a_prompt_as_tokens_is_the_prompt(tmp_path):
     'decoder_target_tokens': jnp.array([[5, 17, 1]]),
   }
   logits = model.logits({'params': params}, batch)
-  plain = EncoderDecoderModel(network.T5Config(8192, 192, 4, 48, 512, 4, 2))
-  params = checkpoints.load_params(
+  plain = EncoderDecoderModel(
+    network.T5Config(8192, 192, 4, 48, 512, 4, 2), methods=(Prompt(5),)
+  )
+  params = base_lib.load_params(
     base, network.parameter_shapes(plain.config), dtype='float32'
   )
   variables = {'params': params, 'prompt': {'table': jnp.array(prompt[None])}}
@@ -201,7 +222,7 @@ def refused(path, *words):
 
 
 def test_damaged_and_foreign_models_are_one_line(tmp_path):
-  hugging_face.save_model(tmp_path, parameters(GATED), 5)
+  hugging_face_writing.save_model(tmp_path, parameters(GATED), 5)
   weights = tmp_path / 'model.safetensors'
   data = weights.read_bytes()
   weights.write_bytes(data[: len(data) // 2])
@@ -253,7 +274,7 @@ def test_logits_equal_those_of_transformers(shared_dir):
     facts['num_layers'],
     facts['num_decoder_layers'],
   )
-  params = checkpoints.load_params(
+  params = base_lib.load_params(
     load_checkpoint(folder / 'hf_tiny', step=0),
     network.parameter_shapes(config),
     dtype='float32',

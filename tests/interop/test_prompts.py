@@ -55,6 +55,7 @@ def test_metadata_names_the_base_and_the_shape(tmp_path):
     'num_prompts': 1,
     'prompt_length': 5,
     'embed': 8,
+    'placement': 'prefix',
   }
   assert set(versions) == {'prompt_tuning_version', 'jax_version'}
 
@@ -150,7 +151,7 @@ def test_full_disk_keeps_the_earlier_export(tmp_path):
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    with pytest.raises(UserError, match='cannot write the prompt'):
+    with pytest.raises(UserError, match='cannot write .*prompt'):
       save_prompt(tmp_path, table_of(1, 100, 768), METADATA)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

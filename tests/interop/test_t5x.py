@@ -25,8 +25,9 @@ from prompt_tuning.interop import t5x
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.models import network
+from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
-from prompt_tuning.training import checkpoints
+from prompt_tuning.training import base as base_lib
 
 CONFIG = network.T5Config(
   vocab_size=48,
@@ -63,7 +64,7 @@ def test_what_is_written_comes_back_with_its_step(written, params):
     assert base.arrays.keys() == params.keys()
     for name, array in params.items():
       np.testing.assert_array_equal(np.asarray(base.arrays[name]), array)
-  assert base.fingerprint() == checkpoints.fingerprint(params)
+  assert base.fingerprint() == base_lib.fingerprint(params)
   np.testing.assert_array_equal(t5x.read_array(folder), prompt)
   table, facts = load_prompt(folder)
   np.testing.assert_array_equal(table[0], prompt)
@@ -171,7 +172,7 @@ def test_inline_arrays_and_old_placeholders_are_read(written, params):
 
 def test_a_scanned_model_loads_it_too(written, params):
   config = network.T5Config(**{**vars(CONFIG), 'scan_layers': True})
-  loaded = checkpoints.load_params(
+  loaded = base_lib.load_params(
     load_checkpoint(written[0]), network.parameter_shapes(config)
   )
   np.testing.assert_array_equal(
@@ -205,12 +206,12 @@ def test_a_shard_reads_its_slice_alone(written, params, scan):
         largest = max(largest, found.size / np.prod(array.shape))
       return found
 
-    return checkpoints.LazyArray(array.shape, array.dtype, read)
+    return parameters.LazyArray(array.shape, array.dtype, read)
 
   arrays = {name: counted(array) for name, array in base.arrays.items()}
   base = dataclasses.replace(base, arrays=arrays)
-  loaded = checkpoints.load_params(base, like, shardings=shardings)
-  whole = checkpoints.load_params(load_checkpoint(written[0]), like)
+  loaded = base_lib.load_params(base, like, shardings=shardings)
+  whole = base_lib.load_params(load_checkpoint(written[0]), like)
   jax.tree.map(np.testing.assert_array_equal, loaded, whole)
   assert largest == 0.5
 
@@ -218,7 +219,7 @@ def test_a_shard_reads_its_slice_alone(written, params, scan):
 def test_mismatches_are_listed_by_path(written):
   other = network.T5Config(**{**vars(CONFIG), 'mlp_dim': 32})
   with pytest.raises(UserError) as error:
-    checkpoints.load_params(
+    base_lib.load_params(
       load_checkpoint(written[0]), network.parameter_shapes(other)
     )
   message = str(error.value)
@@ -231,7 +232,7 @@ import resource, sys
 import jax
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.models import network
-from prompt_tuning.training import checkpoints
+from prompt_tuning.training import base as base_lib
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -242,7 +243,7 @@ like = network.parameter_shapes(
 base = load_checkpoint(sys.argv[1])
 jax.block_until_ready(jax.numpy.zeros(3))
 before = peak()
-params = checkpoints.load_params(base, like, dtype='bfloat16')
+params = base_lib.load_params(base, like, dtype='bfloat16')
 jax.block_until_ready(params)
 kept = sum(array.nbytes for array in jax.tree.leaves(params))
 print(kept, (peak() - before) / kept)
@@ -259,7 +260,7 @@ def test_an_xl_checkpoint_is_streamed(tmp_path):
   block = block.astype(ml_dtypes.bfloat16)
 
   def made(shape):
-    return checkpoints.LazyArray(
+    return parameters.LazyArray(
       shape, block.dtype, lambda index: np.resize(block, shape)[index]
     )
 
@@ -406,7 +407,7 @@ def test_saved_checkpoints_give_t5xs_logits(golden):
     )
     data = np.load(file)
     variables = {
-      'params': checkpoints.load_params(
+      'params': base_lib.load_params(
         load_checkpoint(golden / name),
         network.parameter_shapes(config),
         dtype='float32',

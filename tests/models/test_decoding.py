@@ -47,17 +47,17 @@ class Chain:
       index = jnp.zeros((2,), jnp.int32)
     return {'layer': leaves | {'cache_index': index}}
 
-  def __call__(self, ids, cache):
+  @staticmethod
+  def step(table, axis, ids, cache):
     leaves, index = cache['layer'], cache['layer']['cache_index']
-    step = index[0] if self.axis else index
-    first = (lambda x: x[0]) if self.axis else (lambda x: x)
+    step = index[0] if axis else index
+    first = (lambda x: x[0]) if axis else (lambda x: x)
     history, example = first(leaves['history']), first(leaves['example'])
     assert ids.shape == (history.shape[0], 1) and ids.dtype == jnp.int32
     before = history[:, jnp.maximum(step - 1, 0)]
     history = history.at[:, step].set(ids[:, 0])
-    table = jnp.asarray(self.table, jnp.float32)
     logits = table[example[:, 0], before, ids[:, 0]]
-    if self.axis:
+    if axis:
       history = jnp.stack([history, history])
     leaves = leaves | {'history': history, 'cache_index': index + 1}
     return logits, {'layer': leaves}
@@ -91,15 +91,31 @@ def starts(batch, length, prefixes=()):
   return jnp.asarray(inputs)
 
 
-def decoder(decode_fn, chain, **settings):
+@functools.cache
+def compiled(decode_fn, axis, settings):
+  """Decoding of any chain: one program for all of the same shape."""
+
+  def run(inputs, cache, table, rng):
+    return decode_fn(
+      inputs,
+      cache,
+      functools.partial(Chain.step, table, axis),
+      eos_id=EOS,
+      cache_batch_axis=axis,
+      rng=rng,
+      **dict(settings),
+    )
+
+  return jax.jit(run)
+
+
+def decoder(decode_fn, chain, rng=None, **settings):
   """inputs, rows of the chain -> decodes and scores, compiled."""
-  settings = {'eos_id': EOS, 'cache_batch_axis': chain.axis} | settings
-  run = jax.jit(
-    functools.partial(decode_fn, tokens_to_logits=chain, **settings)
-  )
+  run = compiled(decode_fn, chain.axis, tuple(sorted(settings.items())))
+  table = jnp.asarray(chain.table, jnp.float32)
 
   def decode(inputs, rows=None):
-    decodes, scores = run(inputs, chain.cache(rows))
+    decodes, scores = run(inputs, chain.cache(rows), table, rng)
     return np.asarray(decodes), np.asarray(scores)
 
   return decode

@@ -10,9 +10,11 @@ import json
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import layer_stacks
 import numpy as np
 import pytest
 
+from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import decoding
 from prompt_tuning.models import model as model_lib
 from prompt_tuning.models import network
@@ -51,18 +53,18 @@ def nest(arrays, prefix):
 
 
 def load(golden, prompted, **config):
-  """The network's config and variables."""
+  """The network's config and variables, and its methods."""
   arrays, meta = golden
   settings = meta['config'] | config
   settings['mlp_activations'] = tuple(settings['mlp_activations'])
   config = network.T5Config(**settings)
   variables = {'params': nest(arrays, 'params/')}
   if config.scan_layers:
-    variables['params'] = network.stack_layers(variables['params'])
+    variables['params'] = layer_stacks.stack(variables['params'])
   if prompted:
     table = arrays['params_prompt/encoder/prompt/prompt/prompt']
     variables['prompt'] = {'table': jnp.asarray(table)[None]}
-  return config, variables
+  return config, variables, (Prompt(),) if prompted else ()
 
 
 def encoder_inputs(golden, ids, prompted):
@@ -81,9 +83,9 @@ def predictor(golden, case, **config):
   arrays, meta = golden
   settings = meta['cases'][case]
   forced = settings.get('prompt_with_targets', False)
-  config, variables = load(golden, settings['prompted'], **config)
+  config, variables, methods = load(golden, settings['prompted'], **config)
   model = model_lib.EncoderDecoderModel(
-    config, decode_fn=getattr(decoding, settings['decode_fn'])
+    config, methods=methods, decode_fn=getattr(decoding, settings['decode_fn'])
   )
   inputs = encoder_inputs(
     golden, arrays['encoder_input_tokens'], settings['prompted']
@@ -159,7 +161,7 @@ def test_golden_sequences_hold_an_id_0_before_their_end(golden):
 @pytest.mark.parametrize('kind', ['plain', 'prompted'])
 def test_scores_of_given_targets_are_those_of_t5x(golden, kind):
   arrays, _ = golden
-  config, variables = load(golden, kind == 'prompted')
+  config, variables, methods = load(golden, kind == 'prompted')
   batch = {
     name.removeprefix('score/'): jnp.asarray(array)
     for name, array in arrays.items()
@@ -168,7 +170,7 @@ def test_scores_of_given_targets_are_those_of_t5x(golden, kind):
   batch['encoder_input_tokens'] = encoder_inputs(
     golden, arrays['score/encoder_input_tokens'], kind == 'prompted'
   )
-  model = model_lib.EncoderDecoderModel(config)
+  model = model_lib.EncoderDecoderModel(config, methods=methods)
   scores = jax.jit(model.score_batch)(variables, batch)
   expected = arrays[f'score/{kind}/sequence_scores']
   np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
@@ -177,10 +179,10 @@ def test_scores_of_given_targets_are_those_of_t5x(golden, kind):
 @pytest.mark.parametrize('kind', ['plain', 'prompted'])
 def test_sampled_sequences_score_as_given_targets(golden, kind):
   """Cached decoding adds up the log-probabilities of uncached scoring."""
-  config, variables = load(golden, kind == 'prompted')
+  config, variables, methods = load(golden, kind == 'prompted')
   arrays, _ = golden
   model = model_lib.EncoderDecoderModel(
-    config, decode_fn=decoding.temperature_sample
+    config, methods=methods, decode_fn=decoding.temperature_sample
   )
   inputs = encoder_inputs(
     golden, arrays['encoder_input_tokens'], kind == 'prompted'

@@ -6,10 +6,12 @@ import functools
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import layer_stacks
 import numpy as np
 import pytest
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import layers
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
@@ -23,15 +25,29 @@ CONFIG = network.T5Config(
   num_encoder_layers=2,
   num_decoder_layers=2,
 )
-MODEL = EncoderDecoderModel(CONFIG)
 P = 3
+METHODS = (Prompt(P, num_prompts=2),)
+MODEL = EncoderDecoderModel(CONFIG, methods=METHODS)
 
 
+# Compiling takes the time of these tests: the weights are numpy's, of the sizes
+# that T5 starts with, and programs are shared where they can be.
 @functools.cache
-def variables(config=CONFIG):
-  params = jax.jit(EncoderDecoderModel(config).init_params)(jax.random.key(0))
-  table = jax.random.normal(jax.random.key(1), (2, P, config.emb_dim))
-  return {'params': params, 'prompt': {'table': table}}
+def variables():
+  rng = np.random.default_rng(0)
+
+  def draw(path, like):
+    if path[-1].key == 'scale':
+      return jnp.ones(like.shape)
+    fan_in = like.shape[0] if path[-1].key == 'kernel' else 1
+    return jnp.asarray(rng.normal(0, fan_in**-0.5, like.shape), jnp.float32)
+
+  params = network.parameter_shapes(CONFIG)
+  table = rng.normal(size=(2, P, CONFIG.emb_dim))
+  return {
+    'params': jax.tree_util.tree_map_with_path(draw, params),
+    'prompt': {'table': jnp.asarray(table, jnp.float32)},
+  }
 
 
 def make_batch(inputs, targets, inputs_length=8, targets_length=5):
@@ -51,7 +67,6 @@ def make_batch(inputs, targets, inputs_length=8, targets_length=5):
 INPUTS = [[5, 9, 33, 7, 1], [12, 3, 1]]
 TARGETS = [[7, 8, 1], [20, 1]]
 jit_scores = jax.jit(MODEL.score_batch)
-jit_logits = jax.jit(MODEL.logits)
 
 
 def test_padding_does_not_change_an_examples_loss():
@@ -81,15 +96,24 @@ def test_packing_does_not_change_the_loss():
   packed['decoder_segment_ids'] = number(TARGETS, 7)
   # Packed decoder inputs start every example with 0, not the last one's EOS.
   packed['decoder_input_tokens'] = np.array([[0, 7, 8, 0, 20, 0, 0]], np.int32)
-  model = dataclasses.replace(
-    MODEL, loss_normalizing_factor='AVERAGE_PER_SEQUENCE'
+
+  @jax.jit
+  def losses(variables, batch):
+    return [
+      dataclasses.replace(MODEL, loss_normalizing_factor=name).loss_fn(
+        variables, batch
+      )[0]
+      for name in (None, 'AVERAGE_PER_SEQUENCE', 'NUM_REAL_TARGET_TOKENS')
+    ]
+
+  np.testing.assert_allclose(
+    losses(variables(), packed), losses(variables(), single), rtol=2e-6
   )
-  for name in (None, 'AVERAGE_PER_SEQUENCE', 'NUM_REAL_TARGET_TOKENS'):
-    model = dataclasses.replace(MODEL, loss_normalizing_factor=name)
-    loss = jax.jit(model.loss_fn)
-    np.testing.assert_allclose(
-      loss(variables(), packed)[0], loss(variables(), single)[0], rtol=2e-6
-    )
+
+
+@functools.cache
+def jit_logits(config=CONFIG, methods=METHODS):
+  return jax.jit(EncoderDecoderModel(config, methods=methods).logits)
 
 
 @pytest.mark.parametrize('prompt_index', [0, 1])
@@ -122,10 +146,8 @@ def test_virtual_tokens_equal_concatenated_embeddings(prompt_index):
     virtual['encoder_input_tokens'] - prompt_index * P,
     virtual['encoder_input_tokens'],
   )
-  expected = jax.jit(EncoderDecoderModel(larger).logits)(
-    {'params': params}, by_hand
-  )
-  got = jit_logits(variables(), virtual)
+  expected = jit_logits(larger, ())({'params': params}, by_hand)
+  got = jit_logits()(variables(), virtual)
   np.testing.assert_allclose(got, expected[..., : CONFIG.vocab_size], atol=1e-5)
 
 
@@ -145,37 +167,40 @@ def test_examples_of_one_batch_use_prompts_of_their_own():
     np.testing.assert_allclose(score[0], together[k], rtol=1e-6)
 
 
+@functools.cache
+def gradient(config):
+  """Of the loss by all parameters: parameters -> their gradient."""
+  model, batch = EncoderDecoderModel(config), make_batch(INPUTS, TARGETS)
+  return jax.jit(jax.grad(lambda p: model.loss_fn({'params': p}, batch)[0]))
+
+
 @pytest.mark.parametrize('remat_policy', ['none', 'minimal', 'full'])
 @pytest.mark.parametrize('tied', [False, True])
 def test_scanned_layers_equal_unrolled_ones(tied, remat_policy):
   config = dataclasses.replace(CONFIG, logits_via_embedding=tied)
-  params = variables(config)['params']
+  params = jax.tree.map(lambda x: x, variables()['params'])
+  if tied:
+    del params['decoder']['logits_dense']
   scanned = dataclasses.replace(
     config, scan_layers=True, remat_policy=remat_policy
   )
-  stacked = network.stack_layers(params)
+  stacked = layer_stacks.stack(params)
   shapes = network.parameter_shapes(scanned)
   assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(
     lambda x: x.shape, shapes
   )
-  batch = make_batch(INPUTS, TARGETS)
-  gradient = lambda c: jax.jit(
-    jax.grad(lambda p: EncoderDecoderModel(c).loss_fn({'params': p}, batch)[0])
-  )
-  got = network.unstack_layers(gradient(scanned)(stacked))
+  got = layer_stacks.unstack(gradient(scanned)(stacked))
   expected = gradient(config)(params)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, atol=2e-5 * float(jnp.abs(b).max())
-    ),
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()),
     got,
-    expected,
+    jax.device_get(expected),
   )
 
 
 def test_stacked_layers_convert_back_without_loss():
   params = variables()['params']
-  back = network.unstack_layers(network.stack_layers(params))
+  back = layer_stacks.unstack(layer_stacks.stack(params))
   assert jax.tree.structure(back) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
@@ -185,32 +210,33 @@ def test_cached_decoding_equals_uncached(scan):
   config = dataclasses.replace(CONFIG, scan_layers=scan)
   params = variables()['params']
   if scan:
-    params = network.stack_layers(params)
+    params = layer_stacks.stack(params)
   batch = make_batch(INPUTS, [[7, 8, 9, 10, 1], [20, 21, 22, 23, 1]])
   inputs = jnp.asarray(batch['encoder_input_tokens'])
   shifted = jnp.asarray(batch['decoder_input_tokens'])
-  module = network.Transformer(config)
-  encode = network.Transformer.encode
-  decode = network.Transformer.decode
-  encoded = module.apply({'params': params}, inputs, method=encode)
-  whole = module.apply(
-    {'params': params}, encoded, inputs, shifted, method=decode
-  )
-
   apply = functools.partial(
-    module.apply,
-    method=decode,
-    cache_length=shifted.shape[1],
-    mutable=['cache'],
+    network.Transformer(config).apply, method=network.Transformer.decode
   )
-  _, cache = apply({'params': params}, encoded, inputs, shifted)
+  cached = functools.partial(
+    apply, cache_length=shifted.shape[1], mutable=['cache']
+  )
 
   @jax.jit
-  def step(cache, token):
-    return apply({'params': params, **cache}, encoded, inputs, token)
+  def start(params):
+    encoded = network.Transformer(config).apply(
+      params, inputs, method=network.Transformer.encode
+    )
+    _, cache = cached(params, encoded, inputs, shifted)
+    return encoded, cache, apply(params, encoded, inputs, shifted)
 
+  @jax.jit
+  def step(params, encoded, cache, token):
+    return cached({**params, **cache}, encoded, inputs, token)
+
+  encoded, cache, whole = start({'params': params})
   for i in range(shifted.shape[1]):
-    logits, cache = step(cache, shifted[:, i : i + 1])
+    token = shifted[:, i : i + 1]
+    logits, cache = step({'params': params}, encoded, cache, token)
     np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=2e-5)
 
 
@@ -229,16 +255,22 @@ def test_rank_classification_scores_each_label_as_a_target():
 
 def test_dropout_acts_only_where_it_is_given_a_key():
   config = dataclasses.replace(CONFIG, dropout_rate=0.5)
-  model = EncoderDecoderModel(config)
+  model = EncoderDecoderModel(config, methods=METHODS)
   batch = make_batch(INPUTS, TARGETS)
-  loss = jax.jit(lambda rng: model.loss_fn(variables(), batch, rng)[0])
-  still = model.loss_fn(variables(), batch)[0]
-  np.testing.assert_allclose(
-    still, MODEL.loss_fn(variables(), batch)[0], rtol=1e-6
-  )
-  first, second = loss(jax.random.key(0)), loss(jax.random.key(1))
+
+  @jax.jit
+  def losses(variables, rng):
+    return (
+      MODEL.loss_fn(variables, batch)[0],
+      model.loss_fn(variables, batch)[0],
+      model.loss_fn(variables, batch, rng)[0],
+    )
+
+  plain, still, first = losses(variables(), jax.random.key(0))
+  np.testing.assert_allclose(still, plain, rtol=1e-6)
+  second = losses(variables(), jax.random.key(1))[2]
   assert abs(first - still) > 1e-3 and abs(first - second) > 1e-3
-  assert loss(jax.random.key(0)) == first
+  assert losses(variables(), jax.random.key(0))[2] == first
 
 
 def test_norm_divides_by_the_root_mean_square():
@@ -250,12 +282,13 @@ def test_norm_divides_by_the_root_mean_square():
 
 
 def test_position_buckets_by_hand():
-  bucket = lambda distances, both: layers.relative_position_bucket(
-    jnp.asarray(distances),
-    bidirectional=both,
-    num_buckets=8,
-    max_distance=16,
-  ).tolist()
+  @functools.partial(jax.jit, static_argnums=1)
+  def bucket_of(distances, both):
+    return layers.relative_position_bucket(
+      distances, bidirectional=both, num_buckets=8, max_distance=16
+    )
+
+  bucket = lambda x, both: bucket_of(jnp.asarray(x), both).tolist()
   # A key `d` before the query has relative position -d. Of 8 buckets 4 are
   # exact; the rest grow from 4 to 16 by powers of 4^(1/4).
   assert bucket([0, -1, -2, -3], False) == [0, 1, 2, 3]
@@ -276,12 +309,11 @@ def test_frozen_weights_may_be_bfloat16():
   params = variables()['params']
   stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   batch = make_batch(INPUTS, TARGETS)
-  got = jit_scores({'params': stored}, batch)
+  got = jit_scores({**variables(), 'params': stored}, batch)
   rounded = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
   # Activations are float32 either way; only the weights were rounded.
-  np.testing.assert_allclose(
-    got, jit_scores({'params': rounded}, batch), rtol=1e-6
-  )
+  expected = jit_scores({**variables(), 'params': rounded}, batch)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_parameter_paths_are_those_of_t5x():

@@ -14,7 +14,7 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.interop import t5x
 from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.interop.prompts import save_prompt
-from prompt_tuning.training import inference
+from prompt_tuning.serving import jobs
 from prompt_tuning.training.reporting import MetricsWriter
 
 
@@ -92,9 +92,9 @@ def test_texts_and_predictions_may_be_in_a_bucket(bucket):
 
   (bucket / 'texts.txt').write_text('a\nb\n')
   with contextlib.ExitStack() as stack:
-    lines = list(inference._open_input('gs://bucket/texts.txt', stack))
+    lines = list(jobs._open_input('gs://bucket/texts.txt', stack))
   assert [line.strip() for line in lines] == ['a', 'b']
-  with inference._output('gs://bucket/out/predictions.jsonl') as output:
+  with jobs._output('gs://bucket/out/predictions.jsonl') as output:
     output.write('{}\n')
   folder = bucket / 'out'
   assert [path.name for path in folder.iterdir()] == ['predictions.jsonl']

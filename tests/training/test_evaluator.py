@@ -9,6 +9,7 @@ import pytest
 import seqio
 
 from prompt_tuning.data.classification import register_classification_task
+from prompt_tuning.data.task import Task
 from prompt_tuning.data.task_data import TaskData
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
@@ -100,7 +101,7 @@ def test_metrics_are_of_the_examples_and_not_of_rows_that_fill_a_batch(
   task, tmp_path
 ):
   model = FakeModel()
-  evaluator = Evaluation('eval_task', LENGTHS, batch_size=4).build(
+  evaluator = Evaluation(Task('eval_task', LENGTHS), batch_size=4).build(
     model, VIRTUAL, tmp_path
   )
   variables = {'answer': answer(task, 'positive')}
@@ -124,7 +125,7 @@ def test_a_task_has_a_score_and_a_mixture_the_mean_of_its_tasks(task, tmp_path):
   seqio.TaskRegistry.add_provider('eval_half', half)
   seqio.MixtureRegistry.add('eval_both', ['eval_task', 'eval_half'], 1.0)
   try:
-    evaluator = Evaluation('eval_both', LENGTHS, batch_size=4).build(
+    evaluator = Evaluation(Task('eval_both', LENGTHS), batch_size=4).build(
       FakeModel(), VIRTUAL, tmp_path
     )
     found = evaluator.evaluate({'answer': answer(task, 'positive')}, 7)
@@ -139,11 +140,53 @@ def test_a_task_has_a_score_and_a_mixture_the_mean_of_its_tasks(task, tmp_path):
   assert found['eval_both/score'] == pytest.approx(
     (found['eval_task/score'] + 40) / 2
   )
+  assert found['score'] == found['eval_both/score']
+
+
+def test_a_run_selects_by_the_tasks_that_it_trains_on(task, tmp_path):
+  """Of a mixture evaluated zero-shot too; where nothing trains, by all."""
+  zero_shot = task.replace(
+    name='eval_zero_shot',
+    metric_fns=task.metric_fns[:1],
+    source=_Splits(task.source, ['validation']),
+  )
+  seqio.TaskRegistry.add_provider('eval_zero_shot', zero_shot)
+  seqio.MixtureRegistry.add('eval_both', ['eval_task', 'eval_zero_shot'], 1.0)
+  variables = {'answer': answer(task, 'positive')}
+
+  def found(name):
+    evaluation = Evaluation(Task(name, LENGTHS), batch_size=4)
+    evaluator = evaluation.build(FakeModel(), VIRTUAL, tmp_path)
+    return evaluator.evaluate(variables, 7)
+
+  try:
+    both, alone = found('eval_both'), found('eval_zero_shot')
+  finally:
+    seqio.MixtureRegistry.remove('eval_both')
+    seqio.TaskRegistry.remove('eval_zero_shot')
+  assert both['score'] == both['eval_task/score'] != both['eval_both/score']
+  assert alone['score'] == alone['eval_zero_shot/score']
+
+
+class _Splits(seqio.DataSource):
+  """A source with fewer splits."""
+
+  def __init__(self, source, splits):
+    self._source = source
+    super().__init__(splits, performs_internal_shuffling=True)
+
+  supports_arbitrary_sharding = True
+
+  def list_shards(self, split):
+    return self._source.list_shards(split)
+
+  def get_dataset(self, split, shuffle=True, seed=None, shard_info=None):
+    return self._source.get_dataset(split, shuffle, seed, shard_info)
 
 
 def test_functions_are_compiled_at_the_first_evaluation_only(task, tmp_path):
   model = FakeModel()
-  evaluator = Evaluation('eval_task', LENGTHS, batch_size=2).build(
+  evaluator = Evaluation(Task('eval_task', LENGTHS), batch_size=2).build(
     model, None, tmp_path
   )
   first = evaluator.evaluate({'answer': answer(task, 'positive')}, 1)
@@ -160,7 +203,7 @@ def test_scores_are_those_of_each_example_with_and_without_a_prompt(
   totals = []
   for virtual in (None, VIRTUAL):
     result = (
-      Evaluation('eval_scored', LENGTHS, batch_size=4)
+      Evaluation(Task('eval_scored', LENGTHS), batch_size=4)
       .build(FakeModel(), virtual, tmp_path)
       .evaluate({'answer': answer(task, 'positive')}, 1)
     )
@@ -172,7 +215,7 @@ def test_scores_are_those_of_each_example_with_and_without_a_prompt(
 
 def test_rank_classification_answers_with_the_likeliest_label(task, tmp_path):
   evaluator = Evaluation(
-    'eval_task', LENGTHS, batch_size=4, rank_classification=True
+    Task('eval_task', LENGTHS), batch_size=4, rank_classification=True
   ).build(FakeModel(), VIRTUAL, tmp_path)
   scores = {'label_scores': jnp.array([-1.0, -2.0])}
   result = evaluator.evaluate(scores, 3)
@@ -187,7 +230,7 @@ def test_ids_past_the_vocabulary_are_no_part_of_the_text(task, tmp_path):
   row = [vocabulary.vocab_size, *ids, 501, -3, 1]
   variables = {'answer': jnp.array(row + [0] * 4, jnp.int32)}
   result = (
-    Evaluation('eval_task', LENGTHS, batch_size=5)
+    Evaluation(Task('eval_task', LENGTHS), batch_size=5)
     .build(FakeModel(), VIRTUAL, tmp_path)
     .evaluate(variables, 1)
   )
@@ -195,10 +238,10 @@ def test_ids_past_the_vocabulary_are_no_part_of_the_text(task, tmp_path):
 
 
 def test_evaluation_leaves_the_training_stream_as_it_was(task, tmp_path):
-  data = TaskData('eval_task', LENGTHS, batch_size=2)
+  data = TaskData(Task('eval_task', LENGTHS), batch_size=2)
   stream = lambda: data.batches(virtual_tokens=None, seed=0, start=0)  # noqa: E731
   expected = list(itertools.islice(stream(), 6))
-  evaluator = Evaluation('eval_task', LENGTHS, split='train').build(
+  evaluator = Evaluation(Task('eval_task', LENGTHS), split='train').build(
     FakeModel(), None, tmp_path
   )
   for step, (batch, reference) in enumerate(zip(stream(), expected)):
@@ -213,7 +256,7 @@ def test_another_vocabulary_is_used_and_the_registered_task_kept(
   task, tiny_vocabulary, tmp_path
 ):
   evaluator = Evaluation(
-    'eval_task', LENGTHS, vocabulary=tiny_vocabulary, num_examples=3
+    Task('eval_task', LENGTHS, tiny_vocabulary), num_examples=3
   ).build(FakeModel(), None, tmp_path)
   assert seqio.TaskRegistry.get('eval_task') is task
   result = evaluator.evaluate({'answer': answer(task, 'positive')}, 1)
@@ -228,7 +271,7 @@ def test_variables_on_a_mesh_get_batches_that_divide_by_its_devices(
 ):
   layout = partitioning.Layout(partitioning.make_mesh(data=4, fsdp=2))
   variables = layout.replicate({'answer': answer(task, 'positive')})
-  evaluator = Evaluation('eval_scored', LENGTHS, batch_size=3).build(
+  evaluator = Evaluation(Task('eval_scored', LENGTHS), batch_size=3).build(
     FakeModel(), VIRTUAL, tmp_path, layout
   )
   result = evaluator.evaluate(variables, 1)
@@ -237,7 +280,7 @@ def test_variables_on_a_mesh_get_batches_that_divide_by_its_devices(
 
 
 def test_it_runs_inside_a_loop_that_forbids_implicit_transfers(task, tmp_path):
-  evaluator = Evaluation('eval_task', LENGTHS).build(
+  evaluator = Evaluation(Task('eval_task', LENGTHS)).build(
     FakeModel(), VIRTUAL, tmp_path
   )
   variables = {'answer': answer(task, 'positive')}
@@ -263,18 +306,20 @@ def test_faults_are_one_line_before_the_first_evaluation(
   task, tmp_path, name, changes, message
 ):
   with pytest.raises(UserError, match=message) as caught:
-    Evaluation(name, LENGTHS, **changes).build(FakeModel(), None, tmp_path)
+    Evaluation(Task(name, LENGTHS), **changes).build(
+      FakeModel(), None, tmp_path
+    )
   assert '\n' not in str(caught.value)
 
 
 def test_files_that_cannot_be_written_leave_earlier_ones_intact(task, tmp_path):
-  evaluator = Evaluation('eval_task', LENGTHS).build(
+  evaluator = Evaluation(Task('eval_task', LENGTHS)).build(
     FakeModel(), None, tmp_path
   )
   variables = {'answer': answer(task, 'positive')}
   evaluator.evaluate(variables, 1)
   before = (tmp_path / 'inference/eval_task-1.jsonl').read_text()
-  (tmp_path / 'inference/eval_task-2.jsonl.part').mkdir()
+  (tmp_path / 'inference/eval_task-2.jsonl').mkdir()
   with pytest.raises(UserError, match='cannot write the evaluation'):
     evaluator.evaluate(variables, 2)
   assert (tmp_path / 'inference/eval_task-1.jsonl').read_text() == before

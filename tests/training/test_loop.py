@@ -16,15 +16,23 @@ import pytest
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
-from prompt_tuning.interop.export import export
 from prompt_tuning.interop.prompts import load_prompt
+from prompt_tuning.interop.prompts import load_trained
+from prompt_tuning.methods.ia3 import IA3
+from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.model_tuning import ModelTuning
+from prompt_tuning.methods.per_layer import PerLayerPrompt
+from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.methods.prompt import uniform
 from prompt_tuning.models import network
+from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
-from prompt_tuning.models.prompt import Prompt
-from prompt_tuning.models.prompt import uniform
 from prompt_tuning.training import checkpoints
 from prompt_tuning.training import loop
-from prompt_tuning.training.sizing import Partitioner
+from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.mesh_choice import Partitioner
+from prompt_tuning.training.trained import export
+from prompt_tuning.training.trained import of_run
 
 CONFIG = network.T5Config(
   vocab_size=32,
@@ -36,6 +44,7 @@ CONFIG = network.T5Config(
   num_decoder_layers=1,
 )
 MODEL = EncoderDecoderModel(CONFIG)
+PROMPT = Prompt(3, 1, uniform())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,10 @@ class ConstantAnswer:
   """Random texts whose target is always 7: a prompt can learn that."""
 
   batch_size: int = 4
+  feature_lengths = {'inputs': 5, 'targets': 2}
   vocabulary: str | None = None
+  name: str | None = None
+  num_shards: int | None = None
   sleep: float = 0.0
   stop_after: int | None = None
   stop_signal: int = signal.SIGTERM
@@ -79,7 +91,7 @@ def base():
     '/'.join(key.key for key in path): np.asarray(value)
     for path, value in jax.tree_util.tree_leaves_with_path(params)
   }
-  return checkpoints.BaseCheckpoint('tiny base', 1000, flat, {})
+  return BaseCheckpoint('tiny base', 1000, flat, {})
 
 
 def run(folder, steps, **settings):
@@ -87,7 +99,7 @@ def run(folder, steps, **settings):
     'model': MODEL,
     'data': ConstantAnswer(),
     'base': base(),
-    'prompt': Prompt(3, 1, uniform()),
+    'methods': (PROMPT,),
     'train_steps_relative': steps,
     'log_period': 5,
     'checkpoint_period': 4,
@@ -275,9 +287,7 @@ def test_ties_and_undefined_scores_do_not_lose_the_best(tmp_path, scores):
   )
   first = 1002 + 2 * scores.index(3)
   assert (result.best_step, result.step) == (first, 1010)
-  kept = checkpoints.Checkpoints(
-    tmp_path / 'checkpoints', best_metric='task/score', read_only=True
-  )
+  kept = checkpoints.Checkpoints(tmp_path / 'checkpoints', read_only=True)
   assert kept.steps() == [first, 1010]
 
 
@@ -299,9 +309,9 @@ def test_a_loss_is_best_where_it_is_lowest(tmp_path):
 
 
 def test_a_prompt_trained_with_its_model_names_that_model(tmp_path):
-  run(tmp_path, 2, trained=('prompt', 'params'), learning_rate=1e-3)
+  run(tmp_path, 2, methods=(PROMPT, ModelTuning()), learning_rate=1e-3)
   export(tmp_path, tmp_path / 'out')
-  _, metadata = load_prompt(tmp_path / 'out')
+  _, metadata = load_prompt(tmp_path / 'out/prompt.safetensors')
   tuned = load_checkpoint(tmp_path / 'out')
   assert metadata['base_fingerprint'] == tuned.fingerprint()
   assert metadata['base_fingerprint'] != base().fingerprint()
@@ -309,9 +319,7 @@ def test_a_prompt_trained_with_its_model_names_that_model(tmp_path):
 
 
 def test_model_tuning_trains_the_whole_model(tmp_path):
-  result = run(
-    tmp_path, 3, trained=('params',), prompt=None, learning_rate=1e-3
-  )
+  result = run(tmp_path, 3, methods=(ModelTuning(),), learning_rate=1e-3)
   start = base().arrays
   for path, value in jax.tree_util.tree_leaves_with_path(
     result.variables['params']
@@ -321,7 +329,8 @@ def test_model_tuning_trains_the_whole_model(tmp_path):
 
 
 def test_any_optax_optimiser_trains_with_a_schedule(tmp_path):
-  seen = optax.linear_schedule(0.1, 0.0, 10, transition_begin=1000)
+  # Schedules count from the run's start, whatever the base's step.
+  seen = optax.linear_schedule(0.1, 0.0, 10)
   with jax.numpy_dtype_promotion('standard'):  # optax needs it
     result = run(tmp_path, 5, optimizer=optax.adamw, learning_rate=seen)
   line = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -344,9 +353,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
   'settings, message',
   [
     ({'base': None}, 'INITIAL_CHECKPOINT_PATH'),
-    ({'prompt': None}, "trained names 'prompt'.*bind train.prompt"),
-    ({'trained': ('lora',)}, "trained names 'lora', the model has"),
-    ({'trained': ()}, 'trained is empty'),
+    ({'methods': ()}, 'methods is empty'),
+    ({'methods': (PROMPT, PROMPT)}, "share the collection 'prompt'"),
+    (
+      {'methods': (PROMPT, PerLayerPrompt())},
+      'prompt and per_layer both put virtual tokens',
+    ),
+    ({'methods': (Lora(targets=('q',)),)}, 'name no projection'),
     (
       {'train_steps': 1000, 'train_steps_relative': None},
       'not beyond the base',
@@ -381,8 +394,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
   run(tmp_path, 2)
   with pytest.raises(UserError, match='another seed: 0, this one has 1'):
     run(tmp_path, 4, seed=1)
-  with pytest.raises(UserError, match='prompt'):
-    run(tmp_path, 4, prompt=Prompt(5, 1, uniform()))
+  with pytest.raises(UserError, match='another prompt length: 3, this one'):
+    run(tmp_path, 4, methods=(Prompt(5, 1, uniform()),))
 
 
 def test_a_prompts_checkpoint_is_small(tmp_path):
@@ -390,3 +403,41 @@ def test_a_prompts_checkpoint_is_small(tmp_path):
   folder = tmp_path / 'checkpoints' / '1004'
   size = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
   assert size < 100_000 + 3 * (3 * 16 * 4)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize(
+  'methods',
+  [(PerLayerPrompt(2),), (PROMPT, Lora(2), IA3())],
+  ids=lambda methods: '+'.join(method.collection for method in methods),
+)
+def test_methods_train_resume_and_leave_their_files(tmp_path, methods, scan):
+  config = dataclasses.replace(CONFIG, num_encoder_layers=2, scan_layers=scan)
+  model = EncoderDecoderModel(config)
+  params = jax.jit(model.init_params)(jax.random.key(5))
+  start = BaseCheckpoint('two layers', 1000, parameters.flatten(params))
+  settings = {'model': model, 'base': start, 'methods': methods}
+  whole = run(tmp_path / 'whole', 4, **settings)
+  run(tmp_path / 'parts', 2, **settings)
+  parts = run(tmp_path / 'parts', 4, **settings)
+  for one, other in zip(
+    jax.tree.leaves(whole.variables),
+    jax.tree.leaves(parts.variables),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(one, other)
+  folder = tmp_path / 'whole'
+  names = {method.collection for method in methods}
+  assert set(whole.variables) == names
+  written = {pathlib.Path(file).parent.name for file in whole.files}
+  assert written == names
+  for one in of_run(folder):
+    name = one.method.collection
+    (loaded,) = load_trained(folder / name / f'{name}.safetensors')
+    assert loaded.method.settings() == one.method.settings()
+    assert loaded.facts['base_fingerprint'] == start.fingerprint()
+    # Layers are unrolled in files, whatever the run's form.
+    assert not any(map(parameters.is_scanned, loaded.arrays))
+    assert set(loaded.arrays) == set(one.arrays)
+    for path, array in loaded.arrays.items():
+      np.testing.assert_array_equal(array, one.arrays[path])

@@ -312,13 +312,51 @@ def test_unknown_factor_is_named():
 # Any optimiser.
 
 
-def test_other_optimisers_see_the_schedule_of_the_base_s_step():
+def test_schedules_count_from_the_run_s_start():
   def linear(step):
     return jnp.asarray(step, jnp.float32)
 
   opt = build_optimizer(optax.sgd, linear, initial_step=100)
-  history, _ = run(opt, jnp.zeros(()), [jnp.ones(())] * 2)
-  np.testing.assert_allclose(history, [-100.0, -201.0])
+  history, _ = run(opt, jnp.zeros(()), [jnp.ones(())] * 3)
+  np.testing.assert_allclose(history, [0.0, -1.0, -3.0])
+  fn = functools.partial(
+    adafactor, multiply_by_parameter_scale=False, clipping_threshold=None
+  )
+  from_zero = build_optimizer(fn, linear, initial_step=100)
+  plain = fn(lambda count: linear(count - 100), initial_step=100)
+  for opt in (from_zero, plain):
+    history, _ = run(opt, jnp.zeros(()), [jnp.ones(())] * 3)
+    assert history[0] == 0 and history[2] < history[1] < 0
+
+
+def test_axes_of_methods_say_what_is_averaged_apart():
+  """Layers and prompts that stack are trained as each would be alone."""
+  rng = np.random.default_rng(0)
+  arrays = {
+    'prompt': {'table': rng.normal(size=(2, 3, 4))},
+    'lora': {'a': rng.normal(size=(2, 3, 4))},
+  }
+  arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+  axes = {
+    'prompt': {'table': ('prompts', None, None)},
+    'lora': {'a': (None, 'layers', None)},
+  }
+  grads = [jax.tree.map(lambda x: 2 * x, arrays)] * 2
+  opt = build_optimizer(adafactor, 0.1, 0, axes)
+  history, _ = run(opt, arrays, grads)
+  alone = build_optimizer(adafactor, 0.1, 0, None)
+  for i in range(2):
+    row = arrays['prompt']['table'][i]
+    one, _ = run(alone, row, [2 * row] * 2)
+    np.testing.assert_allclose(
+      history[-1]['prompt']['table'][i], one[-1], rtol=1e-6
+    )
+  for i in range(3):
+    row = arrays['lora']['a'][:, i]
+    one, _ = run(alone, row, [2 * row] * 2)
+    np.testing.assert_allclose(
+      history[-1]['lora']['a'][:, i], one[-1], rtol=1e-6
+    )
 
 
 def test_adafactor_is_given_the_base_s_step():

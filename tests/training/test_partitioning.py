@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
-from prompt_tuning.models.prompt import Prompt
-from prompt_tuning.training import compilation
-from prompt_tuning.training import hlo
+from prompt_tuning.planning import compilation
+from prompt_tuning.planning import hlo
+from prompt_tuning.training import mesh_choice
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
-from prompt_tuning.training import sizing
 
 B, T, L, P, E, LAYERS = 8, 16 + 5, 4, 5, 64, 2
 METRICS = 6 * 4  # loss, z-loss, weights, cross entropy, correct, tokens
@@ -26,17 +27,16 @@ def collectives(data, fsdp, model, scan=False, microbatches=1):
     *(256, E, 8, 8, 128, LAYERS, LAYERS), scan_layers=scan
   )
   program = compilation.Program(
-    EncoderDecoderModel(config),
-    Prompt(P),
-    sizing.Workload(config, B, T, L, microbatches=microbatches),
+    EncoderDecoderModel(config, methods=(Prompt(P),)),
+    mesh_choice.Workload(config, B, T, L, microbatches=microbatches),
     optimizers.adafactor,
     0.3,
-    sizing.Partitioner(data, fsdp, model),
+    mesh_choice.Partitioner(data, fsdp, model),
   )
   layout, _ = program.partitioner.layout(program.workload)
   step, arguments = program.build('train', layout)
   found = hlo.collectives(step.lower(*arguments).compile().as_text())
-  return found, sizing.Workload(config, B, T, L)
+  return found, mesh_choice.Workload(config, B, T, L)
 
 
 def parameter_bytes(workload):
@@ -146,6 +146,29 @@ def test_norms_are_whole_and_scanned_layers_come_first_in_memory():
   assert shardings['token_embedder']['embedding'].spec == (
     jax.sharding.PartitionSpec('model', 'fsdp')
   )
+
+
+def test_the_arrays_of_methods_are_whole_unless_their_axes_have_a_rule():
+  layout = partitioning.Layout(partitioning.make_mesh(1, 4, 2))
+  spec = jax.sharding.PartitionSpec
+  for scan in (False, True):
+    config = network.T5Config(256, 16, 2, 8, 32, 2, 2, scan_layers=scan)
+    lora = Lora(2)
+    arrays = jax.eval_shape(
+      lambda key, params, lora=lora: lora.init(key, params, None),
+      jax.random.key(0),
+      network.parameter_shapes(config),
+    )
+    found = layout.shardings(lora.axes(arrays), arrays)
+    assert jax.tree.structure(found) == jax.tree.structure(arrays)
+    assert all(one.is_fully_replicated for one in jax.tree.leaves(found))
+  table = {'table': jax.ShapeDtypeStruct((3, 10, 16), 'float32')}
+  found = layout.shardings({'table': ('prompts', None, 'embed')}, table)
+  assert found['table'].spec == spec(None, None, 'fsdp')
+  with pytest.raises(UserError, match='table has 10 embed, which 4 devices'):
+    layout.shardings({'table': ('prompts', 'embed', None)}, table)
+  with pytest.raises(ValueError, match='no logical axes are known for table'):
+    layout.shardings({'table': None}, table)
 
 
 def test_a_dimension_that_does_not_divide_is_named():

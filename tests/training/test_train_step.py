@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import optimizers
@@ -25,8 +26,8 @@ CONFIG = network.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
 )
-MODEL = EncoderDecoderModel(CONFIG)
 P, B = 4, 8
+MODEL = EncoderDecoderModel(CONFIG, methods=(Prompt(P),))
 RNG = jax.random.key(7)
 
 

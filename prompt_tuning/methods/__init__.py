@@ -1,0 +1,42 @@
+"""Methods: what is trained beside T5 or instead of it, a file each.
+
+`method.py` is the protocol. A file that is put here is found by itself: its
+`Method` by its class's name or its collection, its other public names by gin.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from prompt_tuning.methods.method import Method
+
+
+@functools.cache
+def configurables() -> dict[str, Any]:
+  """Public classes and functions of this folder's modules, by name."""
+  found = {}
+  for info in pkgutil.iter_modules(__path__):
+    module = importlib.import_module(f'{__name__}.{info.name}')
+    for name, value in vars(module).items():
+      own = getattr(value, '__module__', None) == module.__name__
+      known = inspect.isfunction(value) or inspect.isclass(value)
+      if own and known and not name.startswith('_'):
+        found[name] = value
+  return found
+
+
+@functools.cache
+def by_collection() -> dict[str, type[Method]]:
+  """The methods that there are, by the names of their collections."""
+  return {
+    value.collection: value
+    for value in configurables().values()
+    if inspect.isclass(value) and issubclass(value, Method) and value != Method
+  }
+
+
+def of_collection(collection: str) -> type[Method] | None:
+  """The method whose collection has this name."""
+  return by_collection().get(collection)

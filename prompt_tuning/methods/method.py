@@ -1,0 +1,141 @@
+"""What is trained beside T5, or instead of it: the protocol of a method.
+
+A method is a file of this folder with a subclass of `Method`. Its arrays are a
+variable collection of their own, `{collection: arrays}`, beside T5's `params`;
+training, checkpoints, partitioning, files and inference know it by what stands
+here. It acts on the network through Flax's interceptors: a function
+`(next_fun, args, kwargs, context)` around each call of a module's method, where
+`context.module` is the module, `context.method_name` the method, and
+`context.module.get_variable(collection, name)` an array of this place in the
+network. Places to act on: `Transformer.embed`, `EncoderLayer.__call__`,
+`DecoderLayer.__call__`, `Attention.attend`, `RelativePositionBias.__call__`,
+`MLP.__call__` and every `Dense.__call__`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.models import parameters
+from prompt_tuning.models.network import T5Config
+
+Interceptor = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskText:
+  """Words of the task, for methods whose start depends on them.
+
+  Attributes:
+    encode: from a string to the ids of its pieces; None without a vocabulary.
+    labels: the task's class labels, where it has a fixed set of them.
+  """
+
+  encode: Callable[[str], Sequence[int]] | None = None
+  labels: Sequence[str] = ()
+
+
+# For whom only the shapes of what a method starts with matter.
+ANY_TEXT = TaskText(encode=lambda text: [0], labels=('any',))
+
+
+class Method:
+  """A way to train; subclasses are frozen dataclasses of its settings.
+
+  Attributes:
+    collection: name of its variable collection, and of its files.
+  """
+
+  collection: ClassVar[str]
+
+  def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
+    """Its arrays at the start, float32.
+
+    Args:
+      rng: a key.
+      params: T5's parameters, or their shapes where only shapes are wanted.
+      text: words of the task.
+    """
+    raise NotImplementedError
+
+  def axes(self, arrays: Any) -> Any:
+    """The logical names of each array's axes, a tuple in place of each array.
+
+    'layers' and 'prompts' are axes that stack independent arrays; None is an
+    axis that every device holds whole, as all of a small method are.
+    """
+
+    def whole(path, array):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      rest = (None,) * (len(array.shape) - parameters.is_scanned(name))
+      return ('layers', *rest) if parameters.is_scanned(name) else rest
+
+    return jax.tree_util.tree_map_with_path(whole, arrays)
+
+  def virtual_tokens(self, config: T5Config) -> VirtualTokens | None:
+    """The virtual tokens that it wants among the inputs' ids."""
+    del config
+    return None
+
+  def intercept(self, batch: Mapping[str, jax.Array]) -> Interceptor | None:
+    """How it acts in the network, on this batch.
+
+    Args:
+      batch: has `encoder_input_tokens` [B, T].
+    """
+    del batch
+    return None
+
+  def fold(
+    self, params: Mapping[str, Any], arrays: Mapping[str, Any]
+  ) -> dict[str, Any] | None:
+    """T5's parameters that act as they and the arrays together do.
+
+    Args:
+      params: by path, layers unrolled.
+      arrays: likewise.
+
+    Returns:
+      As `params`; None: no plain T5 acts like it.
+    """
+    del params, arrays
+    return None
+
+  def settings(self) -> dict[str, Any]:
+    """Those settings that its arrays need to act again, as plain values."""
+    values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    plain = (bool, int, float, str, tuple)
+    return {k: v for k, v in values.items() if isinstance(v, plain)}
+
+  @classmethod
+  def with_settings(cls, settings: Mapping[str, Any]) -> 'Method':
+    """The method of what `settings` gave; what is not there is the default."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    # JSON has lists for tuples.
+    return cls(
+      **{
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name in names
+      }
+    )
+
+  def to_file(
+    self, arrays: Mapping[str, Any]
+  ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Its arrays, layers unrolled, as its file has them, and further facts."""
+    return arrays, {}
+
+  @classmethod
+  def from_file(
+    cls,
+    arrays: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+  ) -> tuple['Method', Mapping[str, Any]]:
+    """The method and its arrays out of its file; a ValueError if it cannot."""
+    del facts
+    return cls.with_settings(settings), arrays

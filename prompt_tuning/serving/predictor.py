@@ -1,0 +1,291 @@
+"""Texts in, predictions out: generated, ranked or scored."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+import functools
+import itertools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from prompt_tuning.data import virtual_tokens as virtual_tokens_lib
+from prompt_tuning.data import vocabularies
+from prompt_tuning.errors import UserError
+from prompt_tuning.interop import base_checkpoints
+from prompt_tuning.interop import hugging_face
+from prompt_tuning.interop.prompts import load_trained
+from prompt_tuning.models.decoding import temperature_sample
+from prompt_tuning.models.model import EncoderDecoderModel
+from prompt_tuning.serving import loading
+from prompt_tuning.serving.loading import Loaded
+from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.trained import Trained
+
+# The shortest encoder rows; longer ones double, so few shapes are compiled.
+_SHORTEST = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+  """A loaded model with its vocabulary; batches and pads by itself.
+
+  Attributes:
+    loaded: model, variables and where they are. A job's processes are given
+      the same texts.
+    vocabulary: the model's own.
+    inputs_length: ids of a text, EOS included, virtual tokens not; longer
+      texts are cut.
+    targets_length: ids of a prediction, EOS included.
+    batch_size: texts that run at once.
+    prompt_index: which prompt of a table of several.
+    seed: of decoding, where it samples.
+  """
+
+  loaded: Loaded
+  vocabulary: vocabularies.Vocabulary
+  inputs_length: int = 512
+  targets_length: int = 32
+  batch_size: int = 32
+  prompt_index: int = 0
+  seed: int = 0
+
+  def __post_init__(self):
+    rows = self.loaded.model.config.vocab_size
+    if self.vocabulary.size > rows:
+      raise UserError(
+        f'the vocabulary {self.vocabulary.path} has {self.vocabulary.size} '
+        f'pieces, the model {rows} rows: give the vocabulary of the model'
+      )
+    for name in ('inputs_length', 'targets_length', 'batch_size'):
+      if getattr(self, name) < 1:
+        raise UserError(f'{name} must be 1 or more, got {getattr(self, name)}')
+
+  def predict(self, texts: Iterable[str]) -> list[str]:
+    """What the model answers to each text."""
+    return [record['prediction'] for record in self.records(texts)]
+
+  def rank(
+    self, texts: Iterable[str], labels: Sequence[str]
+  ) -> list[dict[str, float]]:
+    """The log-likelihood of each label as the answer to each text, in nats.
+
+    Returns:
+      {label: log-likelihood} of each text, the likeliest label first.
+    """
+    ranked = []
+    for record in self.records(texts, labels):
+      items = record['scores'].items()
+      ranked.append(dict(sorted(items, key=lambda item: -item[1])))
+    return ranked
+
+  def score(self, texts: Sequence[str], targets: Sequence[str]) -> list[float]:
+    """The log-likelihood of each target as the answer to its text, in nats.
+
+    Its EOS is counted. Targets are not cut.
+
+    Raises:
+      UserError: there are not as many of both.
+    """
+    texts, targets = list(texts), list(targets)
+    if len(texts) != len(targets):
+      raise UserError(
+        f'score needs a target for each text, got {len(texts)} texts and'
+        f' {len(targets)} targets'
+      )
+    if not texts:
+      return []
+    rows = self._targets(targets)  # [N, L]
+    found = []
+    for start in range(0, len(texts), self.batch_size):
+      chunk = texts[start : start + self.batch_size]
+      inputs = self._encoder_inputs(chunk)
+      chosen = np.zeros((len(inputs), rows.shape[1]), np.int32)
+      chosen[: len(chunk)] = rows[start : start + len(chunk)]
+      scores = jax.device_get(
+        self._score(self.loaded.variables, self._placed(inputs, chosen))
+      )
+      found += scores[: len(chunk)].tolist()
+    return found
+
+  def records(
+    self, texts: Iterable[str], labels: Sequence[str] | None = None
+  ) -> Iterator[dict[str, Any]]:
+    """Yields one record a text, in order, as soon as its batch is done.
+
+    A record has `input`, `prediction` and `score`, the prediction's
+    log-likelihood in nats, its EOS included; with labels also `scores`, the
+    log-likelihood of each.
+
+    Args:
+      texts: read a batch at a time.
+      labels: rank these by likelihood; None generates text.
+
+    Raises:
+      UserError: fewer than two labels.
+    """
+    if labels is not None and len(labels) < 2:
+      raise UserError(f'labels needs two strings or more, got {list(labels)}')
+    label_rows = None if labels is None else self._targets(labels)
+    waiting = iter(texts)
+    for number in itertools.count():
+      chunk = list(itertools.islice(waiting, self.batch_size))
+      if not chunk:
+        return
+      inputs = self._encoder_inputs(chunk)
+      if label_rows is None:
+        yield from self._generate(chunk, inputs, number)
+      else:
+        yield from self._rank(chunk, inputs, labels, label_rows)
+
+  def _encoder_inputs(self, texts: Sequence[str]) -> Int[np.ndarray, 'B T']:
+    """Rows of equal length; the last batch is filled up by empty texts."""
+    encoded = [self.vocabulary.encode(text) for text in texts]
+    longest = max(len(ids) + 1 for ids in encoded)
+    length = _SHORTEST
+    while length < longest:
+      length *= 2
+    length = min(length, self.inputs_length)
+    rows = self.loaded.layout.padded(self.batch_size)
+    encoded += [[]] * (rows - len(encoded))
+    return np.stack(
+      [
+        virtual_tokens_lib.encoder_row(
+          ids, length, self.loaded.virtual_tokens, self.prompt_index
+        )
+        for ids in encoded
+      ]
+    )
+
+  def _targets(self, texts: Sequence[str]) -> Int[np.ndarray, 'N L']:
+    return virtual_tokens_lib.target_rows(
+      [self.vocabulary.encode(text) for text in texts], self.vocabulary.eos_id
+    )
+
+  def _generate(
+    self, texts: Sequence[str], inputs: Int[np.ndarray, 'B T'], number: int
+  ) -> Iterator[dict[str, Any]]:
+    key = jax.random.fold_in(jax.random.key(self.seed), number)
+    empty = np.zeros((len(inputs), self.targets_length), np.int32)
+    ids, scores = jax.device_get(
+      self._decode_and_score(
+        self.loaded.variables, self._placed(inputs, empty), key
+      )
+    )
+    for text, row, score in zip(texts, ids, scores):
+      prediction = self.vocabulary.decode(row.tolist())
+      yield {'input': text, 'prediction': prediction, 'score': float(score)}
+
+  def _rank(self, texts, inputs, labels, label_rows) -> Iterator[dict]:
+    scores = jax.device_get(
+      self._label_scores(
+        self.loaded.variables, self._placed(inputs), label_rows
+      )
+    )
+    for text, row in zip(texts, scores):
+      best = int(np.argmax(row))
+      yield {
+        'input': text,
+        'prediction': labels[best],
+        'score': float(row[best]),
+        'scores': {label: float(score) for label, score in zip(labels, row)},
+      }
+
+  def _placed(
+    self,
+    inputs: Int[np.ndarray, 'B T'],
+    targets: Int[np.ndarray, 'B L'] | None = None,
+  ) -> dict[str, Array]:
+    batch = {'encoder_input_tokens': inputs}
+    if targets is not None:
+      batch |= _as_targets(targets, np)
+    return self.loaded.layout.shard_batch(batch)
+
+  def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    layout = self.loaded.layout
+    return layout.jit(function, out_shardings=layout.replicated)
+
+  @functools.cached_property
+  def _decode_and_score(self) -> Callable[..., Any]:
+    model = self.loaded.model
+
+    def decode_and_score(
+      variables, batch, key: jax.Array
+    ) -> tuple[Int[Array, 'B L'], Float[Array, 'B']]:
+      ids = model.predict_batch(variables, batch, key)
+      # Decoders report a score each in their own way (T5X's greedy gives 0,
+      # beam search a penalised one); this is the likelihood itself.
+      return ids, model.score_batch(variables, {**batch, **_as_targets(ids)})
+
+    return self._jit(decode_and_score)
+
+  @functools.cached_property
+  def _score(self) -> Callable[..., Any]:
+    return self._jit(self.loaded.model.score_batch)
+
+  @functools.cached_property
+  def _label_scores(self) -> Callable[..., Any]:
+    return self._jit(self.loaded.model.rank_classify)
+
+
+def load(
+  base: str | os.PathLike | BaseCheckpoint,
+  trained: str | os.PathLike | Sequence[Trained] = (),
+  *,
+  vocabulary: str | None = None,
+  model: EncoderDecoderModel | None = None,
+  dtype: str | None = None,
+  check_fingerprint: bool = True,
+  **settings: Any,
+) -> Predictor:
+  """A model for texts, out of a base and what was trained on it.
+
+  Args:
+    base: a bundled name, a folder, a file or a hub id (see `load_checkpoint`).
+    trained: a run's MODEL_DIR, an exported prompt or other method, a PEFT
+      prompt (see `load_trained`); () for T5 alone.
+    vocabulary: a SentencePiece file, a folder with one or a bundled name; None
+      looks beside the base.
+    model: None: the base's own network, which decodes greedily.
+    dtype: of T5's parameters; None: bfloat16 on accelerators, float32 on CPU.
+    check_fingerprint: refuse what was trained on another base.
+    **settings: further attributes of `Predictor`; lengths that are not given
+      are those of the training, as far as `trained` says them.
+
+  Raises:
+    UserError: nothing there, or it does not fit together.
+  """
+  if not isinstance(base, BaseCheckpoint):
+    base = base_checkpoints.open_checkpoint(base)
+  if isinstance(trained, str | os.PathLike):
+    trained = load_trained(trained)
+  if model is None:
+    model = EncoderDecoderModel(base.config(), decode_fn=temperature_sample)
+  words = vocabularies.load_vocabulary(vocabulary or _beside(base))
+  if trained:
+    for name in ('inputs_length', 'targets_length'):
+      if known := trained[0].facts.get(name):
+        settings.setdefault(name, known)
+  loaded = loading.load(
+    model, base, trained, dtype=dtype, check_fingerprint=check_fingerprint
+  )
+  return Predictor(loaded, words, **settings)
+
+
+def _beside(base: BaseCheckpoint) -> str:
+  """Where a base's own vocabulary is looked for."""
+  if hugging_face.is_hub_id(base.path) and not os.path.exists(base.path):
+    return str(hugging_face.download(base.path))
+  return base.path
+
+
+def _as_targets(ids: Any, xp: Any = jnp) -> dict[str, Any]:
+  """The decoder's features for ids [B, L] as targets."""
+  return {
+    'decoder_input_tokens': xp.pad(ids[:, :-1], ((0, 0), (1, 0))),
+    'decoder_target_tokens': ids,
+    'decoder_loss_weights': (ids > 0).astype(xp.float32),
+  }

@@ -1,0 +1,274 @@
+"""The base: T5's parameters on disk, and how they are loaded."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import hashlib
+import math
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from prompt_tuning.errors import UserError
+from prompt_tuning.models import network
+from prompt_tuning.models import parameters
+from prompt_tuning.training import partitioning
+
+STORAGE_DTYPES = ('float32', 'bfloat16')
+
+
+def storage_dtype(dtype: str | None = None) -> str:
+  """How frozen weights are stored: as asked, else as the backend likes it.
+
+  bfloat16 on accelerators, float32 on CPU, where bfloat16 is slow.
+
+  Raises:
+    UserError: neither of `STORAGE_DTYPES`.
+  """
+  if dtype is not None:
+    if dtype not in STORAGE_DTYPES:
+      raise UserError(
+        f'weights are stored as {" or ".join(STORAGE_DTYPES)}, got {dtype!r}'
+      )
+    return dtype
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseCheckpoint:
+  """T5's weights on disk, and the step they were trained to.
+
+  Attributes:
+    path: what the user named.
+    step: from which the count of a run on it goes on.
+    arrays: by T5X path, such as 'encoder/layers_0/mlp/wo/kernel'.
+    metadata: what the file says about itself.
+  """
+
+  path: str
+  step: int
+  arrays: Mapping[str, Any]
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def fingerprint(self) -> str:
+    """As `fingerprint` of the loaded parameters, reading a few rows only."""
+    return fingerprint(self.arrays)
+
+  def config(self) -> network.T5Config:
+    """The network that these are parameters of, by their names and shapes.
+
+    What shapes do not tell is as everywhere in T5: max_distance 128, and gelu
+    for gates, relu for what has none.
+
+    Raises:
+      UserError: they are no T5's.
+    """
+    arrays = parameters.unrolled(self.arrays)
+
+    def layers(stack):
+      names = {
+        path.split('/')[1] for path in arrays if path.startswith(f'{stack}/')
+      }
+      return sum(name.startswith('layers_') for name in names)
+
+    def shape(path):
+      return tuple(arrays[path].shape)
+
+    try:
+      vocab_size, emb_dim = shape('token_embedder/embedding')
+      num_heads, num_buckets = shape('encoder/relpos_bias/rel_embedding')
+      _, joined = shape('encoder/layers_0/attention/query/kernel')
+      mlp_dim, _ = shape('encoder/layers_0/mlp/wo/kernel')
+    except (KeyError, ValueError) as error:
+      raise UserError(f'{self.path} is no T5: it lacks {error}') from None
+    gated = 'encoder/layers_0/mlp/wi_0/kernel' in arrays
+    return network.T5Config(
+      vocab_size=vocab_size,
+      emb_dim=emb_dim,
+      num_heads=num_heads,
+      head_dim=joined // num_heads,
+      mlp_dim=mlp_dim,
+      num_encoder_layers=layers('encoder'),
+      num_decoder_layers=layers('decoder'),
+      mlp_activations=('gelu', 'linear') if gated else ('relu',),
+      logits_via_embedding='decoder/logits_dense/kernel' not in arrays,
+      num_buckets=num_buckets,
+    )
+
+  def load(
+    self,
+    config: network.T5Config,
+    layout: partitioning.Layout | None = None,
+    *,
+    dtype: str | None = None,
+    trained: bool = False,
+  ) -> dict[str, Any]:
+    """The network's parameters on the mesh; see `load_params`.
+
+    Args:
+      config: of the network.
+      layout: of the mesh; None: this process's first device.
+      dtype: how they are stored (see `storage_dtype`).
+      trained: they are to change, and are float32.
+    """
+    layout = layout or partitioning.single_device()
+    shapes = network.parameter_shapes(config)
+    place = layout.params if trained else layout.frozen
+    dtype = 'float32' if trained else storage_dtype(dtype)
+    return load_params(self, shapes, dtype=dtype, shardings=place(shapes))
+
+
+def fingerprint(params: Any) -> str:
+  """Tells one set of weights from another, from a few of its values.
+
+  A digest of all parameter paths and shapes and of the first values of eight
+  matrices. Values are rounded to bfloat16 first and the stored type is left
+  out, so a float32 checkpoint and its bfloat16 copy have one fingerprint;
+  likewise the scanned and the unrolled form of one model.
+
+  Args:
+    params: nested dict, or a mapping of paths to arrays (lazy ones too).
+
+  Returns:
+    16 hexadecimal digits.
+  """
+  flat = parameters.unrolled(parameters.flatten(params))
+  digest = hashlib.sha256()
+  for path in sorted(flat):
+    digest.update(f'{path} {list(flat[path].shape)}\n'.encode())
+  # Norm scales tell little: they are all ones before training.
+  matrices = [path for path in sorted(flat) if len(flat[path].shape) > 1]
+  for path in matrices[:: max(1, len(matrices) // 8)][:8]:
+    digest.update(_first_values(flat[path]).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _first_values(array: Any, count: int = 1024) -> np.ndarray:
+  """Up to `count` leading values, rounded to bfloat16."""
+  rows = math.ceil(count / max(1, math.prod(array.shape[1:])))
+  head = array[:rows] if array.shape else array[...]
+  with jax.transfer_guard('allow'):
+    if isinstance(head, jax.Array) and not head.is_fully_addressable:
+      head = multihost_utils.process_allgather(head, tiled=True)
+    head = np.asarray(head).reshape(-1)[:count]
+  return head.astype(np.float32).astype(ml_dtypes.bfloat16)
+
+
+def load_params(
+  base: BaseCheckpoint,
+  like: Any,
+  *,
+  dtype: Any = None,
+  shardings: Any = None,
+) -> dict[str, Any]:
+  """The model's parameters from a base checkpoint, one array at a time.
+
+  A scanned model loads an unrolled checkpoint, and the other way round.
+
+  Args:
+    base: where from.
+    like: nested dict of ShapeDtypeStructs: what the model needs.
+    dtype: of the result; None: as `like` says. This is where frozen weights
+      become bfloat16, if they do.
+    shardings: tree of shardings like `like`; None: the default device.
+
+  Returns:
+    Nested dict of jax.Arrays.
+
+  Raises:
+    UserError: arrays are missing, unexpected or of another shape; all faults
+      in one line.
+  """
+  wanted = parameters.flatten(like)
+  found = parameters.in_form_of(wanted, base.arrays)
+  _check_params(base.path, wanted, found)
+  flat_shardings = {}
+  if shardings is not None:
+    flat_shardings = parameters.flatten(shardings)
+  loaded = {}
+  for path, spec in wanted.items():
+    # One host copy at a time: each array is on its device before the next.
+    loaded[path] = _placed(
+      found.pop(path),
+      jnp.dtype(spec.dtype if dtype is None else storage_dtype(dtype)),
+      flat_shardings.get(path),
+    )
+  return parameters.nest(loaded)
+
+
+def _placed(array: Any, dtype: np.dtype, sharding: Any) -> jax.Array:
+  """An array on its devices, of which a host reads its own slices alone."""
+  if sharding is None:
+    return jax.device_put(np.asarray(array).astype(dtype))
+  parts = {}
+
+  def part(index):
+    key = str(index)
+    if key not in parts:  # devices that hold the same slice share one read
+      parts[key] = np.asarray(array[index]).astype(dtype)
+    return parts[key]
+
+  return jax.make_array_from_callback(tuple(array.shape), sharding, part)
+
+
+# Faults.
+
+_WORDS = {
+  'vocab': 'vocabulary rows',
+  'joined_kv': 'heads x head_dim',
+  'relpos_buckets': 'buckets',
+}
+
+
+def shape_fault(
+  path: str, got: Sequence[int], needed: Sequence[int], who: str = 'the model'
+) -> str | None:
+  """'path has embed 512, the model needs 768', or None."""
+  got, needed = tuple(got), tuple(needed)
+  if got == needed:
+    return None
+  axes = parameters.logical_axes(path) or ()
+  if len(axes) == len(got) == len(needed):
+    faults = [
+      f'{_WORDS.get(axis, axis)} {a}, {who} needs {b}'
+      for axis, a, b in zip(axes, got, needed)
+      if a != b
+    ]
+    return f'{path} has ' + ' and '.join(faults)
+  return f'{path} has shape {list(got)}, {who} needs {list(needed)}'
+
+
+def shorten(items: list[str], shown: int = 3) -> str:
+  """The first of many faults, and how many more there are."""
+  more = len(items) - shown
+  return ', '.join(items[:shown]) + (f' and {more} more' if more > 0 else '')
+
+
+def path_faults(wanted: Iterable[str], found: Iterable[str]) -> list[str]:
+  """'missing …' and 'unexpected …', where there are such paths."""
+  faults = {
+    'missing': sorted(set(wanted) - set(found)),
+    'unexpected': sorted(set(found) - set(wanted)),
+  }
+  return [f'{name} {shorten(paths)}' for name, paths in faults.items() if paths]
+
+
+def _check_params(
+  source: str, wanted: Mapping[str, Any], found: Mapping[str, Any]
+) -> None:
+  shapes = [
+    fault
+    for path in sorted(wanted, key=lambda p: ('embedding' not in p, p))
+    if path in found
+    and (fault := shape_fault(path, found[path].shape, wanted[path].shape))
+  ]
+  faults = [shorten(shapes)] if shapes else []
+  faults += path_faults(wanted, found)
+  if faults:
+    raise UserError(
+      f'{source} does not fit the model: {"; ".join(faults)}; give the '
+      "checkpoint of this model, or the checkpoint's model"
+    )

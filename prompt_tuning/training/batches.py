@@ -1,0 +1,119 @@
+"""Where training batches come from, on their way to the devices."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import queue
+import threading
+import time
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.errors import UserError
+from prompt_tuning.training import partitioning
+
+
+@runtime_checkable
+class TrainData(Protocol):
+  """A source of training batches (`data.TaskData`, `data.TokenArrayData`).
+
+  Attributes:
+    batch_size: rows B of a batch, of all processes together.
+    feature_lengths: {'inputs': ..., 'targets': ...}, in ids; inputs without
+      virtual tokens.
+    vocabulary: path or name of the vocabulary that makes its ids; None: the
+      data's own, which nobody else is told of.
+    name: of the task; None: it has none.
+    num_shards: parts that the data must be read in; None: as many as the
+      processes need.
+  """
+
+  batch_size: int
+  feature_lengths: Mapping[str, int]
+  vocabulary: str | None
+  name: str | None
+  num_shards: int | None
+
+  def batches(
+    self,
+    *,
+    virtual_tokens: VirtualTokens | None,
+    seed: int,
+    start: int,
+    rows: np.ndarray | None,
+    num_shards: int,
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches, a function of seed, index and num_shards.
+
+    Args:
+      virtual_tokens: to be placed in the inputs.
+      seed: of the order.
+      start: batches to skip.
+      rows: numbers of the rows of each batch that this process needs, and that
+        are yielded; None: all.
+      num_shards: parts that the data may be read in, so that a process reads
+        only some; who reads single rows at will need not look at it.
+    """
+
+  def class_labels(self) -> Sequence[str] | None:
+    """The task's labels, where it has a fixed set of them."""
+
+
+def placed(
+  batch: Mapping[str, np.ndarray],
+  layout: partitioning.Layout,
+  batch_size: int,
+  rows: int,
+) -> dict[str, jax.Array]:
+  """The batch on the mesh, if the network has a row for every id."""
+  largest = int(batch['encoder_input_tokens'].max())
+  if largest >= rows:
+    raise UserError(
+      f'the data has id {largest}, the model embeds ids below {rows}; give the'
+      ' vocabulary of the model'
+    )
+  return layout.shard_batch(batch, batch_size)
+
+
+class Prefetch:
+  """Makes the next batches in a thread while the devices work."""
+
+  def __init__(
+    self, batches: Iterator[Any], place: Callable[[Any], Any], ahead: int = 2
+  ):
+    self._queue = queue.Queue(ahead)
+    self._closed = threading.Event()
+
+    def fill():
+      try:
+        for batch in batches:
+          item = (place(batch), None)
+          while not self._closed.is_set():
+            try:
+              self._queue.put(item, timeout=0.1)
+              break
+            except queue.Full:
+              continue
+          if self._closed.is_set():
+            return
+        raise UserError('the training data ended; it must repeat')
+      except BaseException as error:  # Raised again where `next` is called.
+        self._queue.put((None, error))
+
+    self._thread = threading.Thread(target=fill, daemon=True)
+    self._thread.start()
+
+  def next(self) -> tuple[dict[str, jax.Array], float]:
+    """A batch, and the seconds it was waited for."""
+    start = time.monotonic()
+    batch, error = self._queue.get()
+    if error is not None:
+      raise error
+    return batch, time.monotonic() - start
+
+  def close(self) -> None:
+    self._closed.set()
+    while not self._queue.empty():
+      self._queue.get_nowait()
+    self._thread.join(timeout=5)

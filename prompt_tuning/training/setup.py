@@ -1,0 +1,348 @@
+"""What a run does before its first step: checks, variables, state, data."""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import optax
+
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.vocabularies import load_vocabulary
+from prompt_tuning.errors import UserError
+from prompt_tuning.methods.method import Method
+from prompt_tuning.methods.method import TaskText
+from prompt_tuning.models import network
+from prompt_tuning.models import parameters
+from prompt_tuning.models.model import EncoderDecoderModel
+from prompt_tuning.training import batches as batches_lib
+from prompt_tuning.training import best as best_lib
+from prompt_tuning.training import hosts
+from prompt_tuning.training import optimizers
+from prompt_tuning.training import partitioning
+from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import fingerprint
+from prompt_tuning.training.base import storage_dtype
+from prompt_tuning.training.checkpoints import Checkpoints
+from prompt_tuning.training.mesh_choice import Partitioner
+from prompt_tuning.training.mesh_choice import Workload
+from prompt_tuning.training.run_record import RunRecord
+from prompt_tuning.training.train_state import TrainState
+from prompt_tuning.training.train_step import train_step
+from prompt_tuning.training.validation import Validation
+
+
+def virtual_tokens_of(
+  methods: Sequence[Method], config: network.T5Config
+) -> VirtualTokens | None:
+  """The virtual tokens of the one method that has some.
+
+  Raises:
+    UserError: several have, or two methods are of one collection.
+  """
+  collections = [method.collection for method in methods]
+  for name in collections:
+    if collections.count(name) > 1:
+      raise UserError(f'two methods share the collection {name!r}; give one')
+  found = {
+    method.collection: tokens
+    for method in methods
+    if (tokens := method.virtual_tokens(config)) is not None
+  }
+  if len(found) > 1:
+    raise UserError(
+      f'{" and ".join(found)} both put virtual tokens among the inputs; give'
+      ' one of them'
+    )
+  return next(iter(found.values()), None)
+
+
+def check_positive(**settings: int) -> None:
+  """Raises UserError for the first setting below 1."""
+  for name, value in settings.items():
+    if value < 1:
+      raise UserError(f'{name} must be 1 or more, got {value}')
+
+
+def check(
+  model: EncoderDecoderModel,
+  data: batches_lib.TrainData,
+  base: BaseCheckpoint | None,
+  methods: Sequence[Method],
+) -> None:
+  """Contradictions that would only show after minutes."""
+  if not methods:
+    raise UserError('methods is empty; give what to train, such as Prompt()')
+  trains_base = any(m.collection == parameters.PARAMS for m in methods)
+  if base is None and not trains_base:
+    raise UserError(
+      'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
+    )
+  if data.vocabulary is not None:
+    size = load_vocabulary(data.vocabulary).size
+    if size > model.config.vocab_size:
+      raise UserError(
+        f'vocabulary {data.vocabulary} has {size} pieces, the model has'
+        f' vocab_size {model.config.vocab_size}; give the vocabulary that'
+        ' the base was trained with'
+      )
+
+
+def last_step(
+  first_step: int, relative: int | None, absolute: int | None
+) -> int:
+  """The step to end at, by T5X's TRAIN_STEPS or by the run's own count."""
+  if (relative is None) == (absolute is None):
+    raise UserError(
+      'give either TRAIN_STEPS_RELATIVE (updates of this run) or TRAIN_STEPS'
+      " (the base checkpoint's steps included)"
+    )
+  last = first_step + relative if absolute is None else absolute
+  if last <= first_step:
+    raise UserError(
+      f"TRAIN_STEPS {last} is not beyond the base checkpoint's step"
+      f" {first_step}; it counts the base's steps too, TRAIN_STEPS_RELATIVE"
+      " counts this run's alone"
+    )
+  return last
+
+
+def made(model_dir: str | os.PathLike) -> epath.Path:
+  """The folder of a run, made if need be."""
+  model_dir = epath.Path(model_dir).expanduser()
+  try:
+    model_dir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'MODEL_DIR {model_dir} cannot be made: {error}') from error
+  return model_dir
+
+
+def layout(
+  model: EncoderDecoderModel,
+  data: batches_lib.TrainData,
+  partitioner: Partitioner | None,
+  frozen_dtype: str | None,
+  microbatches: int,
+) -> tuple[partitioning.Layout, str]:
+  """Where a run's arrays live, and why there."""
+  workload = Workload.of(
+    model.config,
+    model.methods,
+    data.feature_lengths,
+    param_dtype=storage_dtype(frozen_dtype),
+    batch_size=data.batch_size,
+    microbatches=microbatches,
+  )
+  return (partitioner or Partitioner()).layout(workload)
+
+
+def variables(
+  model: EncoderDecoderModel,
+  data: batches_lib.TrainData,
+  base: BaseCheckpoint | None,
+  key: jax.Array,
+  frozen_dtype: str | None,
+  layout: partitioning.Layout,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+  """Trained and frozen collections at step 0 of this run, and their axes."""
+  params_key, methods_key = jax.random.split(key)
+  collections = {method.collection for method in model.methods}
+  trains_base = parameters.PARAMS in collections
+  if base is None:
+    shapes = network.parameter_shapes(model.config)
+    params = jax.jit(model.init_params, out_shardings=layout.params(shapes))(
+      params_key
+    )
+  else:
+    params = base.load(
+      model.config, layout, dtype=frozen_dtype, trained=trains_base
+    )
+  encode = None
+  if data.vocabulary is not None:
+    encode = load_vocabulary(data.vocabulary).encode
+  text = TaskText(encode, data.class_labels() or ())
+  trainable, axes = {}, {}
+  for number, method in enumerate(model.methods):
+    name = method.collection
+    if name == parameters.PARAMS:
+      axes[name], trainable[name] = method.axes(params), params
+      continue
+    key = methods_key
+    if number:
+      key = jax.random.fold_in(methods_key, number)
+    init = functools.partial(method.init, text=text)
+    shapes = jax.eval_shape(init, key, params)
+    axes[name] = method.axes(shapes)
+    shardings = layout.shardings(axes[name], shapes)
+    trainable[name] = jax.jit(init, out_shardings=shardings)(key, params)
+  frozen = {} if trains_base else {parameters.PARAMS: params}
+  return trainable, frozen, axes
+
+
+def run_record(
+  model: EncoderDecoderModel,
+  data: batches_lib.TrainData,
+  base: BaseCheckpoint | None,
+  trainable: Mapping[str, Any],
+  seed: int,
+  selection: best_lib.Selection,
+  layout: partitioning.Layout,
+) -> RunRecord:
+  """The record of a run that begins."""
+  return RunRecord(
+    seed=seed,
+    base=base.path if base is not None else 'random parameters',
+    base_fingerprint=(
+      base.fingerprint()
+      if base is not None
+      else fingerprint(trainable[parameters.PARAMS])
+    ),
+    task=data.name,
+    feature_lengths=dict(data.feature_lengths),
+    methods={method.collection: method.settings() for method in model.methods},
+    data_shards=data.num_shards or layout.reading_parts(data.batch_size),
+    best=best_lib.Best(selection.metric, selection.mode),
+  )
+
+
+def step_function(
+  model: EncoderDecoderModel,
+  optimizer: optax.GradientTransformation,
+  learning_rate: float | optimizers.Schedule,
+  rng: jax.Array,
+  layout: partitioning.Layout,
+  microbatches: int,
+  shardings: Any,
+  first_step: int = 0,
+) -> Callable:
+  """`train_step`, jitted for a layout, with the learning rate in its metrics.
+
+  A function (state, frozen, batch) -> (state, metrics); the state is donated,
+  metrics are on every device. `shardings` are the state's.
+  """
+
+  def step(state, frozen, batch):
+    rate = learning_rate
+    if callable(rate):
+      rate = rate(state.step - first_step)
+    new_state, metrics = train_step(
+      model, optimizer, state, frozen, batch, rng, microbatches=microbatches
+    )
+    metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
+    return new_state, metrics
+
+  return layout.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(shardings, layout.replicated),
+  )
+
+
+def state_shardings(
+  layout: partitioning.Layout, state: TrainState, axes: Mapping[str, Any]
+) -> Any:
+  """Where a state lives: as the methods' axes say.
+
+  What an optimiser keeps of an array's own shape is split as that is; its
+  factored moments are small, and whole.
+
+  Args:
+    layout: of the run.
+    state: arrays or their shapes.
+    axes: {collection: `Method.axes`}.
+  """
+  split = {}
+  for collection, arrays in state.trainable.items():
+    shardings = layout.shardings(axes[collection], arrays)
+    for path, sharding in parameters.flatten(shardings).items():
+      shape = parameters.flatten(arrays)[path].shape
+      split[f'/{collection}/{path}/'] = (shape, sharding)
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for parameter, (shape, sharding) in split.items():
+      if parameter in f'/{name}/' and shape == leaf.shape:
+        return sharding
+    return layout.replicated
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
+def first_state(
+  trainable: dict[str, Any],
+  tx: optax.GradientTransformation,
+  first_step: int,
+  layout: partitioning.Layout,
+  axes: Mapping[str, Any],
+) -> tuple[TrainState, Any]:
+  """The state at the start, and its shardings."""
+  create = functools.partial(
+    TrainState.create, optimizer=tx, initial_step=first_step
+  )
+  shapes = jax.eval_shape(create, trainable)
+  shardings = state_shardings(layout, shapes, axes)
+  # Out of one compiled function: its outputs are buffers of their own.
+  return jax.jit(create, out_shardings=shardings)(trainable), shardings
+
+
+def resumed_step(
+  checkpoints: Checkpoints, model_dir: str | os.PathLike
+) -> int | None:
+  """The checkpoint to go on from, the same one in all processes."""
+  resumed = checkpoints.latest_step()
+  # Nobody goes on, and writes, before all have looked.
+  found = -1 if resumed is None else resumed
+  if hosts.agree(found) != found:
+    raise UserError(
+      f'MODEL_DIR {model_dir} is not the same folder for all processes: this'
+      f' one finds its newest checkpoint at step {resumed}; give a folder that'
+      ' all share, or gs://'
+    )
+  return resumed
+
+
+def evaluators(
+  model: EncoderDecoderModel,
+  virtual_tokens: VirtualTokens | None,
+  layout: partitioning.Layout,
+  output_dir: epath.Path,
+  validation_data: batches_lib.TrainData | None,
+  validation_batches: int,
+  evaluation: Any,
+) -> dict[str, Any]:
+  """What evaluates, by the split that its metrics are written under."""
+  found = {}
+  if validation_data is not None:
+    found['validation'] = Validation(
+      model, validation_data, virtual_tokens, validation_batches, layout
+    )
+  if evaluation is not None:
+    found['eval'] = evaluation.build(model, virtual_tokens, output_dir, layout)
+  return found
+
+
+def prefetched(
+  data: batches_lib.TrainData,
+  model: EncoderDecoderModel,
+  virtual_tokens: VirtualTokens | None,
+  record: RunRecord,
+  layout: partitioning.Layout,
+) -> batches_lib.Prefetch:
+  """The run's batches from where it stands, on their way to the devices."""
+  batches = data.batches(
+    virtual_tokens=virtual_tokens,
+    seed=record.seed,
+    start=record.position,
+    rows=layout.rows(data.batch_size),
+    num_shards=record.data_shards,
+  )
+  rows = model.config.vocab_size
+  if virtual_tokens is not None:
+    rows += virtual_tokens.num_prompts * virtual_tokens.length
+  place = functools.partial(
+    batches_lib.placed, layout=layout, batch_size=data.batch_size, rows=rows
+  )
+  return batches_lib.Prefetch(batches, place)

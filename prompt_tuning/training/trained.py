@@ -1,0 +1,277 @@
+"""What methods trained: taken out of a run, and as files that say what it is.
+
+A file of a method is `<collection>.safetensors` (of ModelTuning
+`model.safetensors`): arrays by path, layers unrolled, and the facts to use
+them by, such as the base's fingerprint and the method's settings. Where a
+method has one array, a .npy file beside it holds the numbers alone.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+import prompt_tuning
+from prompt_tuning import files
+from prompt_tuning import methods as methods_lib
+from prompt_tuning.errors import UserError
+from prompt_tuning.methods.method import Method
+from prompt_tuning.models import parameters
+from prompt_tuning.training import tensor_files
+from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import fingerprint
+from prompt_tuning.training.checkpoints import MANIFEST
+from prompt_tuning.training.checkpoints import Checkpoints
+
+# Facts that are not text; safetensors stores text alone.
+_NUMBERS = {
+  'num_prompts': int,
+  'prompt_length': int,
+  'embed': int,
+  'step': int,
+  'inputs_length': int,
+  'targets_length': int,
+  'metric_value': float,
+}
+# What a checkpoint remembers of its run that a file repeats.
+_OF_RUN = ('base', 'base_fingerprint', 'task', 'seed')
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What one method trained.
+
+  Attributes:
+    method: with the settings that its arrays need.
+    arrays: by path, layers unrolled; they may still be on disk.
+    facts: base, base_fingerprint, task, step, metric, ... as far as known.
+  """
+
+  method: Method
+  arrays: Mapping[str, Any]
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def is_base(self) -> bool:
+    """Whether it takes the place of T5's own parameters."""
+    return self.method.collection == parameters.PARAMS
+
+  def as_base(self) -> BaseCheckpoint:
+    """It, as the parameters of T5."""
+    path = str(self.facts.get('source', self.facts.get('base', '')))
+    return BaseCheckpoint(path, int(self.facts['step']), self.arrays)
+
+
+def stem(method: Method | type[Method]) -> str:
+  """The name of a method's files, without their endings."""
+  return (
+    'model' if method.collection == parameters.PARAMS else method.collection
+  )
+
+
+def layers_axis(method: Method | type[Method]) -> int:
+  """The axis that scanned arrays of a method have their layers on."""
+  of_base = method.collection == parameters.PARAMS
+  return parameters.LAYERS_AXIS if of_base else 0
+
+
+def save_trained(
+  folder: str | os.PathLike, trained: Trained, dtype: str | None = None
+) -> list[epath.Path]:
+  """Writes the files of a method.
+
+  Args:
+    folder: created if need be.
+    trained: what to write.
+    dtype: of T5's own parameters; other methods' arrays stay float32.
+
+  Returns:
+    The paths of the files.
+
+  Raises:
+    UserError: they cannot be written.
+  """
+  folder = epath.Path(folder).expanduser()
+  method = trained.method
+  axis = layers_axis(method)
+  arrays, facts = method.to_file(parameters.unrolled(trained.arrays, axis))
+  if trained.is_base:
+    if '://' in os.fspath(folder):
+      raise UserError(
+        f'a model is written to a folder of this machine, got {folder}; copy'
+        ' it there afterwards'
+      )
+    facts = {'fingerprint': fingerprint(arrays), 'format': 'prompt_tuning'}
+  else:
+    facts = {
+      'method': method.collection,
+      'settings': json.dumps(method.settings()),
+      **facts,
+    }
+  facts = {
+    **trained.facts,
+    **facts,
+    'prompt_tuning_version': prompt_tuning.__version__,
+    'jax_version': jax.__version__,
+  }
+  facts.pop('source', None)
+  file = folder / f'{stem(method)}{tensor_files.ENDING}'
+  written = [
+    tensor_files.write(file, arrays, facts, dtype if trained.is_base else None)
+  ]
+  if len(arrays) == 1:
+    (array,) = arrays.values()
+    try:
+      with files.replacing(folder / f'{stem(method)}.npy', 'wb') as numbers:
+        np.save(numbers, np.asarray(array), allow_pickle=False)
+    except OSError as error:
+      raise UserError(
+        f'cannot write {stem(method)}.npy to {folder}: {files.reason(error)};'
+        ' free the disk or choose another folder'
+      ) from error
+    written.insert(0, folder / f'{stem(method)}.npy')
+  return written
+
+
+def load_file(file: str | os.PathLike) -> Trained:
+  """Reads what `save_trained` wrote, and prompts of earlier versions.
+
+  Raises:
+    UserError: the file is damaged, or of no method that there is.
+  """
+  arrays, texts = tensor_files.read(file)
+  name = texts.get('method') or epath.Path(file).stem
+  kind = methods_lib.of_collection(name)
+  if kind is None or kind.collection == parameters.PARAMS:
+    raise UserError(
+      f'{file} is of method {name!r}, which this version does not have'
+    )
+  try:
+    facts = {k: _NUMBERS.get(k, str)(v) for k, v in texts.items()}
+    settings = json.loads(facts.pop('settings', '{}'))
+    facts.pop('method', None)
+    method, arrays = kind.from_file(arrays, settings, facts)
+  except (ValueError, TypeError, KeyError) as error:
+    raise UserError(
+      f'cannot read {file} ({files.reason(error)}); the file is damaged or of'
+      ' another kind, export it again'
+    ) from error
+  for path, array in arrays.items():
+    if not np.isfinite(np.asarray(array, np.float32)).all():
+      raise UserError(
+        f'{file} has values in {path} that are not finite; export the'
+        ' checkpoint of an earlier step'
+      )
+  return Trained(method, arrays, facts)
+
+
+def of_run(
+  model_dir: str | os.PathLike, step: int | None = None
+) -> list[Trained]:
+  """What a run trained, of all its methods; read when asked for.
+
+  Args:
+    model_dir: of a run, which may still be running; or its `checkpoints`, or
+      one of them.
+    step: the checkpoint to take, base steps included; None takes the best one
+      by the run's metric, else the newest.
+
+  Returns:
+    One for each method; nothing where no run is.
+
+  Raises:
+    UserError: it has no such checkpoint.
+  """
+  folder = epath.Path(model_dir).expanduser().absolute()
+  if (folder / MANIFEST).is_file():
+    folder, step = folder.parent, int(folder.name)
+  if (folder / 'checkpoints').is_dir():
+    folder = folder / 'checkpoints'
+  checkpoints = Checkpoints(folder, read_only=True)
+  best = checkpoints.best_step()
+  if best is None:
+    return []
+  step = best if step is None else step
+  extra = checkpoints.extra(step)
+  lengths = extra.get('feature_lengths') or {}
+  facts = {name: extra.get(name) for name in _OF_RUN}
+  facts |= {f'{name}_length': length for name, length in lengths.items()}
+  facts |= _metric(checkpoints.metrics(step), extra)
+  facts |= {'step': step, 'source': str(model_dir)}
+  found = []
+  for collection, arrays in checkpoints.trained(step).items():
+    kind = methods_lib.of_collection(collection)
+    settings = extra.get('methods', {}).get(collection, {})
+    if kind is None:
+      raise UserError(
+        f'{model_dir} trained {collection}, of which this version has no method'
+      )
+    arrays = parameters.unrolled(arrays, layers_axis(kind))
+    found.append(Trained(*kind.from_file(arrays, settings, extra), facts))
+  return _naming_their_base(found)
+
+
+def _naming_their_base(found: Sequence[Trained]) -> list[Trained]:
+  """Beside a tuned model, others belong to that and not to its start."""
+  models = [one for one in found if one.is_base]
+  if not models:
+    return list(found)
+  base = {
+    'base': models[0].facts['source'],
+    'base_fingerprint': fingerprint(models[0].arrays),
+  }
+  return [
+    dataclasses.replace(one, facts={**one.facts, **base}) for one in found
+  ]
+
+
+def export(
+  model_dir: str | os.PathLike,
+  output_dir: str | os.PathLike,
+  step: int | None = None,
+  dtype: str = 'float32',
+) -> dict[str, Any]:
+  """Writes what a run trained: the files of each of its methods.
+
+  Args:
+    model_dir: of a run; it may still be running.
+    output_dir: gets the files.
+    step: see `of_run`.
+    dtype: of a model's file, 'float32' or 'bfloat16'. Others are float32.
+
+  Returns:
+    {'step', 'files', 'shapes': {array: shape}}; of a model no shapes.
+
+  Raises:
+    UserError: no such run or checkpoint.
+  """
+  found = of_run(model_dir, step)
+  if not found:
+    raise UserError(
+      f'MODEL_DIR {model_dir} holds no complete checkpoint; give the MODEL_DIR '
+      'of a run that has saved one'
+    )
+  written: dict[str, Any] = {'step': found[0].facts['step'], 'files': []}
+  for one in found:
+    if one.is_base:
+      facts = {**one.facts, 'source': str(output_dir)}
+      one = dataclasses.replace(one, facts=facts)
+    written['files'] += [str(f) for f in save_trained(output_dir, one, dtype)]
+    if not one.is_base:
+      shapes = {path: list(array.shape) for path, array in one.arrays.items()}
+      written.setdefault('shapes', {}).update(shapes)
+  return written
+
+
+def _metric(metrics: Mapping[str, float], extra: Mapping[str, Any]) -> dict:
+  """The metric that chose the checkpoint, else the first one."""
+  name = (extra.get('best') or {}).get('metric')
+  name = name or next(iter(sorted(metrics)), None)
+  if name not in metrics:
+    return {}
+  return {'metric': name, 'metric_value': metrics[name]}

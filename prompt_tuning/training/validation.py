@@ -1,0 +1,59 @@
+"""The loss on batches that are held out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.errors import UserError
+from prompt_tuning.models.model import EncoderDecoderModel
+from prompt_tuning.training import partitioning
+from prompt_tuning.training import reporting
+from prompt_tuning.training.batches import TrainData
+
+
+class Validation:
+  """Mean loss per token of a few fixed batches."""
+
+  def __init__(
+    self,
+    model: EncoderDecoderModel,
+    data: TrainData,
+    virtual_tokens: VirtualTokens | None,
+    num_batches: int,
+    layout: partitioning.Layout,
+  ):
+    if data.batch_size % layout.batch_shards:
+      raise UserError(
+        f'the validation data have batch_size {data.batch_size}, which the'
+        f' {layout.batch_shards} devices that share a batch do not divide'
+      )
+    batches = data.batches(
+      virtual_tokens=virtual_tokens,
+      seed=0,
+      start=0,
+      rows=layout.rows(data.batch_size),
+      num_shards=data.num_shards or 1,
+    )
+    self._batches = [
+      layout.shard_batch(next(batches), data.batch_size)
+      for _ in range(num_batches)
+    ]
+    self._sums = layout.jit(
+      lambda variables, batch: model.loss_fn(variables, batch)[1],
+      out_shardings=layout.replicated,
+    )
+
+  def evaluate(
+    self, variables: Mapping[str, Any], step: int
+  ) -> dict[str, float]:
+    del step
+    sums = [
+      jax.device_get(self._sums(variables, batch)) for batch in self._batches
+    ]
+    total = reporting.per_token(jax.tree.map(lambda *x: sum(x), *sums))
+    return {
+      'validation/loss': total['loss_per_token'],
+      'validation/accuracy': total['accuracy'],
+    }

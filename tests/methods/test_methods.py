@@ -1,0 +1,242 @@
+"""Each method against numpy, folded into a plain T5, and while decoding."""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning import methods
+from prompt_tuning.methods.ia3 import IA3
+from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.method import ANY_TEXT
+from prompt_tuning.methods.method import Method
+from prompt_tuning.methods.model_tuning import ModelTuning
+from prompt_tuning.methods.per_layer import PerLayerPrompt
+from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.models import decoding
+from prompt_tuning.models import network
+from prompt_tuning.models import parameters
+from prompt_tuning.models.model import EncoderDecoderModel
+
+sys.path.insert(0, __file__.rpartition('/')[0])
+import numpy_t5  # noqa: E402
+
+CONFIG = network.T5Config(
+  vocab_size=40,
+  emb_dim=8,
+  num_heads=2,
+  head_dim=4,
+  mlp_dim=12,
+  num_encoder_layers=2,
+  num_decoder_layers=2,
+  num_buckets=8,
+  max_distance=12,
+)
+METHODS = {
+  'prompt': Prompt(3),
+  'lora': Lora(2, alpha=3.0, targets=('query', 'value', 'wi_0', 'wo')),
+  'ia3': IA3(),
+  'per_layer': PerLayerPrompt(3),
+}
+TEXTS = ([5, 6, 7, 8, 9, 1], [9, 30, 1])
+TARGETS = ([11, 12, 1], [13, 1])
+
+
+@functools.cache
+def params():
+  model = EncoderDecoderModel(CONFIG)
+  return jax.jit(model.init_params)(jax.random.key(0))
+
+
+@functools.cache
+def arrays_of(name):
+  """Arrays that are not those of the start, by path, layers unrolled."""
+  start = METHODS[name].init(jax.random.key(1), params(), ANY_TEXT)
+  rng = np.random.default_rng(2)
+  return {
+    path: np.asarray(array) + 0.3 * rng.normal(size=array.shape).astype('f')
+    for path, array in parameters.flatten(start).items()
+  }
+
+
+def batch_of(method):
+  """The texts and targets as a padded batch, virtual tokens in front."""
+  tokens = method.virtual_tokens(CONFIG)
+  virtual = [] if tokens is None else tokens.ids().tolist()
+
+  def rows(lists, length):
+    return np.array([ids + [0] * (length - len(ids)) for ids in lists], 'i4')
+
+  targets = rows([list(t) for t in TARGETS], 3)
+  return {
+    'encoder_input_tokens': rows([virtual + list(t) for t in TEXTS], 9),
+    'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+    'decoder_target_tokens': targets,
+  }
+
+
+def model_of(name, scan=False):
+  config = dataclasses.replace(
+    CONFIG, scan_layers=scan, remat_policy='minimal' if scan else 'none'
+  )
+  model = EncoderDecoderModel(
+    config, methods=(METHODS[name],), decode_fn=decoding.temperature_sample
+  )
+  flat, arrays = parameters.flatten(params()), arrays_of(name)
+  if scan:
+    flat, arrays = parameters.scanned(flat), parameters.scanned(arrays, 0)
+  as_tree = lambda flat: parameters.nest(
+    {k: jnp.asarray(np.asarray(v)) for k, v in flat.items()}
+  )
+  return model, {'params': as_tree(flat), name: as_tree(arrays)}
+
+
+@functools.cache
+def logits_of(name, scan=False):
+  model, variables = model_of(name, scan)
+  return np.asarray(jax.jit(model.logits)(variables, batch_of(METHODS[name])))
+
+
+@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer'])
+def test_a_method_does_what_its_paper_says(name):
+  arrays = arrays_of(name)
+  acting = {name: arrays}
+  if name == 'lora':
+    acting = {'lora': (arrays, 3.0 / 2)}
+  flat = parameters.flatten(params())
+  plain = EncoderDecoderModel(CONFIG).logits(
+    {'params': params()}, batch_of(Lora())
+  )
+  for row, (text, target) in enumerate(zip(TEXTS, TARGETS)):
+    want = numpy_t5.logits(flat, CONFIG, text, target, **acting)
+    got = logits_of(name)[row, : len(target)]
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+    # Not because it does nothing.
+    assert np.abs(plain[row, : len(target)] - want).max() > 0.05
+    # And the T5 in numpy is T5.
+    want = numpy_t5.logits(flat, CONFIG, text, target)
+    got = plain[row, : len(target)]
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_scanned_layers_act_as_unrolled_ones(name):
+  np.testing.assert_allclose(
+    logits_of(name, scan=True), logits_of(name), atol=2e-5
+  )
+
+
+@pytest.mark.parametrize('name', ['lora', 'ia3'])
+def test_a_folded_model_is_a_plain_t5_that_acts_alike(name):
+  flat = {k: np.asarray(v) for k, v in parameters.flatten(params()).items()}
+  folded = METHODS[name].fold(flat, arrays_of(name))
+  assert set(folded) == set(flat)
+  got = jax.jit(EncoderDecoderModel(CONFIG).logits)(
+    {'params': parameters.nest(folded)}, batch_of(METHODS[name])
+  )
+  np.testing.assert_allclose(got, logits_of(name), atol=2e-5)
+
+
+def test_virtual_tokens_and_deep_prompts_fold_into_no_plain_t5():
+  for name in ('prompt', 'per_layer'):
+    assert METHODS[name].fold({}, arrays_of(name)) is None
+
+
+@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer'])
+def test_decoding_with_a_cache_sees_what_training_sees(name):
+  """The likeliest next token at each position, one step at a time or all."""
+  model, variables = model_of(name)
+  batch = batch_of(METHODS[name])
+  ids = np.asarray(jax.jit(model.predict_batch)(variables, batch))
+  again = batch | {
+    'decoder_input_tokens': np.pad(ids[:, :-1], ((0, 0), (1, 0))),
+    'decoder_target_tokens': np.maximum(ids, 2),  # padding is masked
+  }
+  likeliest = np.asarray(jax.jit(model.logits)(variables, again)).argmax(-1)
+  for row, want in zip(ids, likeliest):
+    ends = [*np.flatnonzero(row == 1), len(row) - 1][0] + 1
+    # A 0 in the middle is hidden from those after it, but not in decoding.
+    zeros = [*np.flatnonzero(row == 0) + 1, ends][0]
+    np.testing.assert_array_equal(
+      row[: min(ends, zeros)], want[: min(ends, zeros)]
+    )
+
+
+def test_a_method_starts_from_the_frozen_model():
+  """LoRA and IA3 change nothing before they are trained."""
+  plain = EncoderDecoderModel(CONFIG).logits(
+    {'params': params()}, batch_of(Lora())
+  )
+  for method in (Lora(2), IA3()):
+    start = method.init(jax.random.key(1), params(), ANY_TEXT)
+    model = EncoderDecoderModel(CONFIG, methods=(method,))
+    variables = {'params': params(), method.collection: start}
+    got = model.logits(variables, batch_of(method))
+    np.testing.assert_array_equal(got, plain)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_shapes_are_known_without_weights(name):
+  """Of a scanned network too; stacked axes are named 'layers'."""
+  for scan in (False, True):
+    config = dataclasses.replace(CONFIG, scan_layers=scan)
+    shapes = network.parameter_shapes(config)
+    init = functools.partial(METHODS[name].init, text=ANY_TEXT)
+    found = jax.eval_shape(init, jax.random.key(0), shapes)
+    wanted = arrays_of(name)
+    if scan:
+      wanted = parameters.scanned(wanted, 0)
+    found = parameters.flatten(found)
+    assert {k: v.shape for k, v in found.items()} == {
+      k: v.shape for k, v in wanted.items()
+    }
+    axes = parameters.flatten(METHODS[name].axes(parameters.nest(found)))
+    for path, names in axes.items():
+      assert len(names) == len(found[path].shape)
+      assert ('layers' in names) == parameters.is_scanned(path)
+
+
+def test_a_file_in_the_folder_is_a_method():
+  """Nothing else names them: not gin's names, not the files' reader."""
+  found = methods.by_collection()
+  assert {type(m) for m in METHODS.values()} <= set(found.values())
+  assert found['params'] is ModelTuning
+  assert methods.of_collection('no such') is None
+  assert {'Prompt', 'class_labels', 'Lora'} <= set(methods.configurables())
+  for kind in found.values():
+    settings = kind().settings()
+    assert kind.with_settings(settings).settings() == settings
+
+
+def test_a_method_of_ones_own_needs_its_file_alone():
+  """A bias on the encoder's output, in a few lines."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Shift(Method):
+    collection = 'shift'
+
+    def init(self, rng, params, text):
+      return {'by': np.ones(params['token_embedder']['embedding'].shape[1])}
+
+    def intercept(self, batch):
+      def shift(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        if context.method_name == 'encode':
+          y = y + context.module.get_variable('shift', 'by')[None, None]
+        return y
+
+      return shift
+
+  method = Shift()
+  model = EncoderDecoderModel(CONFIG, methods=(method,))
+  start = method.init(None, params(), ANY_TEXT)
+  batch = batch_of(method)
+  loss = lambda arrays: model.loss_fn(
+    {'params': params(), 'shift': arrays}, batch
+  )[0]
+  gradient = jax.grad(loss)(jax.tree.map(jnp.float32, start))
+  assert np.abs(gradient['by']).min() > 0

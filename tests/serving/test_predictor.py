@@ -1,0 +1,247 @@
+"""Predictions for texts: batching, labels, files."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.errors import UserError
+from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.models import decoding
+from prompt_tuning.models import model as model_lib
+from prompt_tuning.models import network
+from prompt_tuning.serving import jobs
+from prompt_tuning.serving.loading import Loaded
+from prompt_tuning.serving.predictor import Predictor
+from prompt_tuning.training import partitioning
+
+VOCAB = 64
+CONFIG = network.T5Config(
+  vocab_size=VOCAB,
+  emb_dim=16,
+  num_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+  num_encoder_layers=1,
+  num_decoder_layers=1,
+)
+LABELS = ['x', 'yy']
+TEXTS = ['ab', 'a longer text of many letters', 'c', 'dd ee']
+
+
+class Letters:
+  """A letter an id, from 3 on."""
+
+  size = VOCAB
+  eos_id = 1
+  pad_id = 0
+  path = 'letters'
+
+  def encode(self, text):
+    return [3 + ord(letter) % 60 for letter in text]
+
+  def decode(self, ids):
+    ids = list(ids)
+    if 1 in ids:
+      ids = ids[: ids.index(1)]
+    return ' '.join(str(i) for i in ids if i)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return model_lib.EncoderDecoderModel(
+    CONFIG,
+    decode_fn=decoding.temperature_sample,
+    methods=(Prompt(3, num_prompts=2),),
+  )
+
+
+@pytest.fixture(scope='module')
+def variables(model):
+  table = jax.random.normal(jax.random.key(1), (2, 3, 16))
+  params = jax.jit(model.init_params)(jax.random.key(0))
+  return {'params': params, 'prompt': {'table': table}}
+
+
+@pytest.fixture(scope='module')
+def loaded(model, variables):
+  tokens = VirtualTokens(first_id=VOCAB, length=3, num_prompts=2)
+  return Loaded(model, variables, tokens, partitioning.single_device())
+
+
+@pytest.fixture(scope='module')
+def predictor(loaded):
+  made = {}
+
+  def make(**settings):
+    key = repr(settings)
+    if key not in made:  # a predictor keeps what it compiled
+      made[key] = Predictor(
+        loaded,
+        Letters(),
+        **{'targets_length': 3, 'batch_size': 3, **settings},
+      )
+    return made[key]
+
+  return make
+
+
+def test_records_come_in_order_and_each_text_has_one(predictor):
+  records = list(predictor().records(TEXTS))
+  assert [record['input'] for record in records] == TEXTS
+  assert all(set(r) == {'input', 'prediction', 'score'} for r in records)
+
+
+def test_a_text_has_the_same_score_in_any_batch(predictor):
+  together = list(predictor().records(TEXTS, LABELS))
+  alone = list(predictor(batch_size=1).records(TEXTS, LABELS))
+  for one, other in zip(together, alone, strict=True):
+    assert one['prediction'] == other['prediction']
+    np.testing.assert_allclose(one['score'], other['score'], rtol=1e-5)
+
+
+def test_labels_are_scored_as_targets(predictor, model, variables):
+  """Against score_batch on a batch made by hand."""
+  (record,) = predictor().records(['ab'], LABELS)
+  ids = Letters()
+  inputs = [[VOCAB, VOCAB + 1, VOCAB + 2, *ids.encode('ab'), 1]]
+  targets = np.array([[*ids.encode('yy'), 1]], np.int32)
+  batch = {
+    'encoder_input_tokens': np.array(inputs, np.int32),
+    'decoder_input_tokens': np.array([[0, *targets[0, :-1]]], np.int32),
+    'decoder_target_tokens': targets,
+    'decoder_loss_weights': np.ones((1, 3), np.float32),
+  }
+  expected = model.score_batch(variables, batch)[0]
+  np.testing.assert_allclose(record['scores']['yy'], expected, rtol=1e-5)
+  assert record['prediction'] == max(record['scores'], key=record['scores'].get)
+
+
+def test_a_prompt_of_the_table_is_chosen_by_its_index(predictor):
+  (first,) = predictor().records(['ab'], LABELS)
+  (second,) = predictor(prompt_index=1).records(['ab'], LABELS)
+  assert first['scores'] != second['scores']
+
+
+def test_texts_are_read_a_batch_at_a_time(predictor):
+  read = []
+
+  def texts():
+    for text in TEXTS:
+      read.append(text)
+      yield text
+
+  records = predictor().records(texts())
+  next(records)
+  assert read == TEXTS[:3]
+
+
+def test_a_long_text_is_cut_to_inputs_length(predictor):
+  (cut,) = predictor(inputs_length=4).records(['abcdefgh'], LABELS)
+  (short,) = predictor(inputs_length=4).records(['abc'], LABELS)
+  np.testing.assert_allclose(cut['score'], short['score'], rtol=1e-6)
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(loaded):
+  class Larger(Letters):
+    size = VOCAB + 1
+
+  with pytest.raises(UserError, match='65 pieces, the model 64 rows'):
+    Predictor(loaded, Larger())
+
+
+def test_predict_rank_and_score_agree(predictor):
+  """Three ways to ask, one model."""
+  texts = TEXTS[:2]
+  generated = list(predictor().records(texts))
+  assert predictor().predict(texts) == [r['prediction'] for r in generated]
+  ranked = predictor().rank(texts, LABELS)
+  scores = predictor().score(texts * 2, ['x', 'x', 'yy', 'yy'])
+  for row, found in enumerate(ranked):
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    np.testing.assert_allclose(found['x'], scores[row], rtol=1e-5)
+    np.testing.assert_allclose(found['yy'], scores[row + 2], rtol=1e-5)
+  with pytest.raises(UserError, match='2 texts and 1 targets'):
+    predictor().score(texts, ['x'])
+  assert predictor().score([], []) == []
+
+
+def test_one_label_is_no_choice(predictor):
+  with pytest.raises(UserError, match='labels needs two'):
+    list(predictor().records(['a'], ['x']))
+
+
+@pytest.mark.parametrize('settings', [{'batch_size': 0}, {'targets_length': 0}])
+def test_settings_that_cannot_work_are_refused(predictor, settings):
+  with pytest.raises(UserError, match=next(iter(settings))):
+    predictor(**settings)
+
+
+def write_lines(path, records):
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return str(path)
+
+
+@pytest.fixture
+def infer(model, loaded, monkeypatch):
+  """`infer` on a base in memory."""
+  monkeypatch.setattr(
+    jobs.loading, 'load_for_job', lambda *a, **k: loaded
+  )
+  monkeypatch.setattr(
+    jobs.vocabularies, 'load_vocabulary', lambda path: Letters()
+  )
+
+  def call(source, target, **settings):
+    return jobs.infer(
+      model, None, 'letters', source, str(target), targets_length=3, **settings
+    )
+
+  return call
+
+
+def test_a_file_gives_a_line_of_json_for_each_record(infer, tmp_path):
+  source = write_lines(tmp_path / 'a.jsonl', [{'q': 'ab'}, {'q': 'cd'}])
+  target = tmp_path / 'new' / 'out.jsonl'
+  result = infer(source, target, template='question: {q}')
+  assert result == {'examples': 2}
+  lines = [json.loads(line) for line in target.read_text().splitlines()]
+  assert [line['input'] for line in lines] == ['question: ab', 'question: cd']
+
+
+def test_a_fault_in_the_middle_leaves_the_earlier_output(infer, tmp_path):
+  records = [{'text': 'ab'}] * 3 + [{'other': 1}]
+  source = write_lines(tmp_path / 'a.jsonl', records)
+  target = tmp_path / 'out.jsonl'
+  target.write_text('earlier\n')
+  with pytest.raises(UserError, match='a.jsonl:4 has no field text.*other'):
+    infer(source, target, batch_size=2)
+  assert target.read_text() == 'earlier\n'
+
+
+@pytest.mark.parametrize(
+  'settings, words',
+  [
+    ({'template': 'no field'}, 'names of fields in braces'),
+    ({'template': '{text'}, 'is not valid'),
+    ({'template': '{}'}, 'names of fields in braces'),
+    ({'input_format': 'csv'}, 'jsonl, tsv or text'),
+  ],
+)
+def test_faults_of_the_template_and_format_are_told(
+  infer, tmp_path, settings, words
+):
+  source = tmp_path / 'a.txt'
+  source.write_text('ab\n')
+  with pytest.raises(UserError, match=words):
+    infer(str(source), tmp_path / 'out', **settings)
+
+
+def test_a_missing_or_empty_input_is_told(infer, tmp_path):
+  with pytest.raises(UserError, match='none.txt cannot be read'):
+    infer(str(tmp_path / 'none.txt'), tmp_path / 'out')
+  (tmp_path / 'empty.txt').write_text('\n')
+  with pytest.raises(UserError, match='empty.txt has no records'):
+    infer(str(tmp_path / 'empty.txt'), tmp_path / 'out')
