@@ -187,9 +187,7 @@ def write_lines(path, records):
 @pytest.fixture
 def infer(model, loaded, monkeypatch):
   """`infer` on a base in memory."""
-  monkeypatch.setattr(
-    jobs.loading, 'load_for_job', lambda *a, **k: loaded
-  )
+  monkeypatch.setattr(jobs.loading, 'load_for_job', lambda *a, **k: loaded)
   monkeypatch.setattr(
     jobs.vocabularies, 'load_vocabulary', lambda path: Letters()
   )

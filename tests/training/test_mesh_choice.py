@@ -135,9 +135,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 
 def test_inference_fills_its_last_batch_and_takes_any_size(devices):
-  layout, _ = choose(
-    workload(BASE, batch_size=5, trains=False), devices(None)
-  )
+  layout, _ = choose(workload(BASE, batch_size=5, trains=False), devices(None))
   assert layout.mesh.size == 8
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models.model import EncoderDecoderModel
@@ -155,7 +156,7 @@ def test_the_arrays_of_methods_are_whole_unless_their_axes_have_a_rule():
     config = network.T5Config(256, 16, 2, 8, 32, 2, 2, scan_layers=scan)
     lora = Lora(2)
     arrays = jax.eval_shape(
-      lambda key, params, lora=lora: lora.init(key, params, None),
+      lambda key, params, lora=lora: lora.init(key, params, ANY_TEXT),
       jax.random.key(0),
       network.parameter_shapes(config),
     )
