@@ -260,7 +260,8 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
     prompt-tuning convert runs/ia3 adapter --to=peft --base=hf_folder
 
   Sources are whatever INITIAL_CHECKPOINT_PATH and PROMPT_FILE take. --trained
-  folds LoRA or IA3, a run's or a file's, into the model's parameters.
+  folds what can be folded (LoRA, IA3), a run's or a file's, into the model's
+  parameters.
   """
   from prompt_tuning.interop import conversion
 
@@ -275,6 +276,7 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   add('--vocabulary', help='to write beside a Hugging Face model')
   add('--step', type=int, help='of a model that does not say it')
   add('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  add('--overwrite', action='store_true', help='replace files of OUTPUT')
   return conversion.convert(**vars(parser.parse_args(arguments)))
 
 

@@ -1,6 +1,10 @@
-"""The one way in which this package writes a file: beside, then renamed."""
+"""The one way in which this package writes a file: beside, then renamed.
 
-from collections.abc import Iterator
+What a command writes is looked at before it begins (`check_output`): nothing
+that it reads is written over, and a result only where `overwrite` says so.
+"""
+
+from collections.abc import Iterable, Iterator
 import contextlib
 import errno
 import os
@@ -10,7 +14,54 @@ from typing import IO
 
 from etils import epath
 
+from prompt_tuning.errors import UserError
+
 UNFINISHED = '.unfinished'
+
+
+def check_output(
+  path: str | os.PathLike,
+  inputs: Iterable[str | os.PathLike | None] = (),
+  *,
+  overwrite: bool = False,
+  what: str = 'the output',
+) -> None:
+  """Raises UserError where a file, or a folder of files, may not be written.
+
+  Args:
+    path: of a file, or of a folder that gets files. A device or a pipe may
+      always be written to.
+    inputs: what is read: no file of it, or folder, may be `path` or in it.
+    overwrite: a file that is there, or files in the folder, may be replaced.
+    what: names it in messages.
+  """
+  path = epath.Path(path).expanduser()
+  local = '://' not in os.fspath(path)
+  if local:
+    path = pathlib.Path(os.path.realpath(path))
+    for given in filter(None, inputs):
+      source = os.path.realpath(os.path.expanduser(given))
+      if os.path.exists(source) and pathlib.Path(source).is_relative_to(path):
+        raise UserError(
+          f'{what} {path} would be written over {given}, which is read: choose'
+          ' another place'
+        )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+      return
+  is_result = path.is_file() or (path.is_dir() and any(path.iterdir()))
+  if is_result and not overwrite:
+    kind = 'holds files' if path.is_dir() else 'exists'
+    raise UserError(
+      f'{what} {path} {kind}: choose another place, or say overwrite'
+    )
+  if local:
+    parent = path
+    while not parent.exists():
+      parent = parent.parent
+    if not os.access(parent, os.W_OK) or (path != parent and parent.is_file()):
+      raise UserError(
+        f'{what} {path} cannot be written: {parent} is in the way'
+      )
 
 
 @contextlib.contextmanager

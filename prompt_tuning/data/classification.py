@@ -13,24 +13,29 @@ from a row, and the label's word.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
 import os
 import pathlib
-import string
+import re
 
 import seqio
 
 from prompt_tuning.data import metrics
 from prompt_tuning.data.postprocessors import LabelToId
 from prompt_tuning.data.records import Row
-from prompt_tuning.data.records import label_id
+from prompt_tuning.data.records import label_ids
 from prompt_tuning.data.records import read_rows
 from prompt_tuning.data.sources import RowsSource
+from prompt_tuning.data.task import TEMPLATES
 from prompt_tuning.data.task import Task
+from prompt_tuning.data.templates import Template
 from prompt_tuning.data.vocabularies import EXTRA_IDS
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 
 Rows = str | os.PathLike | Iterable[Row] | Callable[[], Iterable[Row]]
+
+logger = logging.getLogger(__name__)
 
 BUNDLED_VOCABULARY = (
   pathlib.Path(__file__).parents[1] / 'bundled/t5_1_1_mini/spiece.model'
@@ -63,35 +68,42 @@ def register_classification_task(
       split is read, if a row lacks a field or has another label.
   """
   labels = tuple(labels)
-  if len(labels) < 2 or len(set(labels)) < len(labels) or '' in labels:
+  words = [label for label in labels if isinstance(label, str) and label]
+  if len(set(words)) < max(len(labels), 2):
     raise UserError(
       f'task {name}: labels must be two or more different words, got {labels}'
     )
+  if not isinstance(name, str) or not re.fullmatch(r'\w[\w.:+-]*', name):
+    raise UserError(
+      f'a task is called by letters, digits and _ alone, got {name!r}'
+    )
   if name in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
     raise UserError(f'a task called {name!r} exists; choose another name')
-  fields = [field for _, field, _, _ in string.Formatter().parse(template)]
-  if not any(fields):
-    raise UserError(
-      f'task {name}: the template must name a field of the rows in braces,'
-      f' such as {{text}}; got {template!r}'
-    )
+  try:
+    inputs = Template(template)
+  except UserError as error:
+    raise UserError(f'task {name}: {error}') from None
 
   def read_split(split):
-    rows = []
-    for place, row in _located_rows(name, split, splits[split]):
-      for field in (*filter(None, fields), label_field):
+    placed = list(_located_rows(name, split, splits[split]))
+    for place, row in placed:
+      for field in (*inputs.fields, label_field):
         if field not in row:
           raise UserError(
             f'{place}: task {name} needs the field {field!r}, '
             f'the row has {", ".join(map(repr, row))}'
           )
-      rows.append(
-        {
-          'inputs': template.format(**row),
-          'targets': labels[label_id(row[label_field], labels, place)],
-        }
+    given = [(place, row[label_field]) for place, row in placed]
+    targets = [labels[number] for number in label_ids(given, labels)]
+    if len(set(targets)) == 1:
+      logger.warning(
+        'task %s, split %r: all %d rows have the label %r',
+        *(name, split, len(targets), targets[0]),
       )
-    return rows
+    return [
+      {'inputs': inputs.fill(row, place), 'targets': target}
+      for (place, row), target in zip(placed, targets)
+    ]
 
   if vocabulary is None:
     # Not looked at before it is used, and a run with its own never does.
@@ -99,6 +111,7 @@ def register_classification_task(
   else:
     ids = load_vocabulary(vocabulary).seqio()
   feature = seqio.Feature(vocabulary=ids)
+  TEMPLATES[name] = template
   return seqio.TaskRegistry.add(
     name,
     source=RowsSource(read_split, splits, {'inputs': str, 'targets': str}),

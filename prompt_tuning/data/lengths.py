@@ -13,6 +13,7 @@ from jaxtyping import Int
 import numpy as np
 
 from prompt_tuning.data import task as task_lib
+from prompt_tuning.data.vocabularies import label_pieces
 from prompt_tuning.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -96,8 +97,10 @@ def check_truncation(
     if split not in part.splits or cut_by_task(part):
       continue
     vocabulary = part.output_features['targets'].vocabulary
-    for word in task_lib.class_labels(part) or ():
-      needed = len(vocabulary.encode(word)) + 1
+    words = task_lib.class_labels(part) or ()
+    rows = label_pieces(vocabulary, words, f'task {part.name}') if words else ()
+    for word, row in zip(words, rows):
+      needed = len(row) + 1
       if needed > limits['targets']:
         raise UserError(
           f'the label {word!r} of task {part.name} has {needed} tokens with'

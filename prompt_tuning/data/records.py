@@ -4,10 +4,12 @@
 compressed with gzip or not. A record comes with its place, 'file.jsonl:3'.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import csv
 import gzip
 import json
+import logging
 import os
 import pathlib
 from typing import Any
@@ -16,15 +18,19 @@ from prompt_tuning.errors import UserError
 
 Row = Mapping[str, object]
 
+logger = logging.getLogger(__name__)
+
 DELIMITERS = {'.csv': ',', '.tsv': '\t'}
+FORMATS = ('jsonl', 'tsv', 'csv', 'text')
+
+# A cell may be a whole book; csv's own limit is 131,072 characters.
+csv.field_size_limit(2**31 - 1)
 
 
 def format_of(name: str) -> str:
-  """'jsonl', 'tsv' or 'text', by the ending of a file's name."""
-  ending = pathlib.Path(name).suffix.lower()
-  return {'.jsonl': 'jsonl', '.json': 'jsonl', '.tsv': 'tsv'}.get(
-    ending, 'text'
-  )
+  """One of `FORMATS`, by the ending of a file's name."""
+  ending = pathlib.Path(name).suffix.lower().removeprefix('.')
+  return {'json': 'jsonl'}.get(ending, ending if ending in FORMATS else 'text')
 
 
 def read_records(
@@ -33,47 +39,106 @@ def read_records(
   name: str,
   columns: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields (place, fields) of every line that is not empty.
+  """Yields (place, fields) of every record.
+
+  A line of plain text is one, also where it is empty; elsewhere empty lines are
+  none.
 
   Args:
     lines: of a file.
-    input_format: 'jsonl', 'tsv' or 'text'.
+    input_format: one of `FORMATS`.
     name: the file's, for messages.
-    columns: of a TSV; None reads its first line as such.
+    columns: of a TSV or CSV; None reads its first line as such.
 
   Raises:
     UserError: an unknown format, a line that is not JSON or has other columns.
   """
-  if input_format not in ('jsonl', 'tsv', 'text'):
+  if input_format not in FORMATS:
     raise UserError(
-      f'input_format must be jsonl, tsv or text, got {input_format}'
+      f'input_format must be {", ".join(FORMATS)}, got {input_format}'
     )
+  if input_format in ('tsv', 'csv'):
+    yield from _table(
+      (line for _, line in _numbered(lines, name)), input_format, name, columns
+    )
+    return
   for number, line in _numbered(lines, name):
     line = line.rstrip('\r\n')
     place = f'{name}:{number}'
-    if not line.strip():
-      continue
     if input_format == 'text':
       yield place, {'text': line}
-    elif input_format == 'jsonl':
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise UserError(f'{place} is not JSON: {error}') from None
-      if not isinstance(record, dict):
-        raise UserError(f'{place} is not a JSON object: {line[:60]}')
-      yield place, record
-    else:
-      cells = line.split('\t')
-      if columns is None:
-        columns = cells
-        continue
-      if len(cells) != len(columns):
+    elif line.strip():
+      yield place, _json_object(line, place)
+
+
+def _json_object(line: str, place: str) -> dict[str, Any]:
+  def unique(pairs):
+    names = collections.Counter(name for name, _ in pairs)
+    for name, count in names.items():
+      if count > 1:
+        raise UserError(f'{place} has the field {name!r} {count} times')
+    return dict(pairs)
+
+  def no_number(word):
+    raise UserError(f'{place} has {word}, which is no JSON; write null')
+
+  try:
+    record = json.loads(
+      line, object_pairs_hook=unique, parse_constant=no_number
+    )
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise UserError(f'{place} is not JSON: {error}') from None
+  if not isinstance(record, dict):
+    raise UserError(f'{place} is not a JSON object: {line[:60]}')
+  return record
+
+
+def looks_like_json(line: str) -> bool:
+  """Whether a line is a JSON object."""
+  try:
+    return isinstance(json.loads(line), dict)
+  except (ValueError, RecursionError):
+    return False
+
+
+def _table(
+  lines: Iterable[str],
+  kind: str,
+  name: str,
+  columns: Sequence[str] | None,
+  drop_short: bool = False,
+) -> Iterator[tuple[str, dict[str, str] | None]]:
+  """The rows of a TSV or CSV; None for one with too few cells, if dropped."""
+  # Quotes are text in TSV (as in GLUE's files) and quote cells in CSV.
+  reader = csv.reader(
+    (line.rstrip('\r\n') + '\n' for line in lines),
+    delimiter=DELIMITERS[f'.{kind}'],
+    quoting=csv.QUOTE_MINIMAL if kind == 'csv' else csv.QUOTE_NONE,
+  )
+  try:
+    if columns is None:
+      columns = next(reader, [])
+    twice = [c for c, n in collections.Counter(columns).items() if n > 1]
+    if twice:
+      raise UserError(
+        f'{name} has the column {twice[0]!r} {columns.count(twice[0])} times:'
+        ' give each its own name'
+      )
+    for cells in filter(None, reader):
+      place = f'{name}:{reader.line_num}'
+      if len(cells) < len(columns) and drop_short:
+        yield place, None
+      elif len(cells) != len(columns):
         raise UserError(
-          f'{place} has {len(cells)} columns, needs {len(columns)}: '
-          f'{", ".join(columns)}'
+          f'{place}: a row must have {len(columns)} cells'
+          f' ({", ".join(columns)}), got {len(cells)}'
         )
-      yield place, dict(zip(columns, cells))
+      else:
+        yield place, dict(zip(columns, cells, strict=True))
+  except csv.Error as error:
+    raise UserError(
+      f'{name}:{reader.line_num} cannot be read: {error}'
+    ) from None
 
 
 def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
@@ -144,27 +209,8 @@ def read_rows(
   lines = read_text(path).split('\n')
   if suffix == '.jsonl':
     return list(read_records(lines, 'jsonl', str(path)))
-  # Quotes are text in TSV (as in GLUE's files) and quote cells in CSV.
-  reader = csv.reader(
-    (line.removesuffix('\r') + '\n' for line in lines),
-    delimiter=DELIMITERS[suffix],
-    quoting=csv.QUOTE_MINIMAL if suffix == '.csv' else csv.QUOTE_NONE,
-  )
-  if names is None:
-    names = next(reader, [])
-  rows = []
-  for cells in filter(None, reader):
-    place = f'{path}:{reader.line_num}'
-    if len(cells) < len(names) and drop_short:
-      rows.append((place, None))
-    elif len(cells) != len(names):
-      raise UserError(
-        f'{place}: a row must have {len(names)} cells'
-        f' ({", ".join(names)}), got {len(cells)}'
-      )
-    else:
-      rows.append((place, dict(zip(names, cells, strict=True))))
-  return rows
+  kind = suffix.removeprefix('.')
+  return list(_table(lines, kind, str(path), names, drop_short))
 
 
 def require(row: Mapping, names: Sequence[str], place: str) -> None:
@@ -179,11 +225,59 @@ def require(row: Mapping, names: Sequence[str], place: str) -> None:
 
 def label_id(value: object, labels: Sequence[str], place: str) -> int:
   """The number of a label given as its word, truth value or number."""
-  word = str(value).strip()
-  if word in labels:
-    return labels.index(word)
-  if word.isdecimal() and int(word) < len(labels):
-    return int(word)
-  raise UserError(
-    f'{place}: unknown label {value!r}; the labels are {", ".join(labels)}'
+  (number,) = label_ids([(place, value)], labels)
+  return number
+
+
+def label_ids(
+  placed: Iterable[tuple[str, object]], labels: Sequence[str]
+) -> list[int]:
+  """The numbers of a file's labels: all are words, or all are positions.
+
+  What may be read as both is taken as words, and a line says so.
+
+  Args:
+    placed: (place, value) of each row.
+    labels: the words, in the order of their numbers.
+
+  Raises:
+    UserError: a label is neither, or words and positions stand side by side.
+  """
+  given = list(placed)
+  placed = [(place, str(value).strip()) for place, value in given]
+  are_words = [word in labels for _, word in placed]
+  if all(are_words):
+    found = [labels.index(word) for _, word in placed]
+    if found and all(map(_is_position(labels), {word for _, word in placed})):
+      logger.warning(
+        '%s: labels like %s are taken as words, not as positions from 0 on',
+        *placed[0],
+      )
+    return found
+  is_position = _is_position(labels)
+  for (place, word), (_, value), is_word in zip(placed, given, are_words):
+    if not is_word and not is_position(word):
+      raise UserError(
+        f'{place}: unknown label {value!r}; the labels are {", ".join(labels)}'
+      )
+  for (place, word), is_word in zip(placed, are_words):
+    if is_word and not is_position(word):
+      other = next(p for p, w in zip(placed, are_words) if not w)
+      raise UserError(
+        f'{place} has a label as its word, {word!r}, and {other[0]} as a'
+        f' position, {other[1]}: write all of a file in one way'
+      )
+  if any(are_words):
+    logger.warning(
+      '%s: labels like %s are taken as positions from 0 on, since not all are'
+      ' among the words %s',
+      *placed[0],
+      ', '.join(labels),
+    )
+  return [int(word) for _, word in placed]
+
+
+def _is_position(labels: Sequence[str]) -> Callable[[str], bool]:
+  return lambda word: (
+    word.isascii() and word.isdecimal() and int(word) < len(labels)
   )

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
 import os
 import sys
@@ -33,6 +34,10 @@ TASK_MODULES = tuple(
     'pretraining',
   )
 )
+
+
+# The inputs of tasks that are made of a row's fields by a template alone.
+TEMPLATES: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,27 @@ class Task:
   def class_labels(self) -> list[str] | None:
     """The labels of a classification task, in the order of their ids."""
     return class_labels(self.seqio())
+
+  def facts(self) -> dict[str, object]:
+    """What serving needs to know of the task (see `training.batches`)."""
+    facts: dict[str, object] = {'labels': self.class_labels()}
+    facts['template'] = TEMPLATES.get(self.name)
+    facts['target_sentinel'] = self.target_sentinel or None
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+  def digest(self, split: str) -> str:
+    """Another one for other examples of a split (see `sources.digest`)."""
+    import seqio
+
+    from prompt_tuning.data import sources
+
+    digest = hashlib.sha256()
+    for part in seqio.get_subtasks(self.seqio()):
+      if split in part.splits:
+        with reading(part, split):
+          found = sources.digest(part.source, split)
+        digest.update(f'{part.name} {found}\n'.encode())
+    return digest.hexdigest()[:16]
 
   def _changed(self, task: 'seqio.Task') -> 'seqio.Task':
     import seqio

@@ -53,6 +53,12 @@ class TaskData:
   def class_labels(self) -> list[str] | None:
     return self.task.class_labels()
 
+  def facts(self) -> Mapping[str, object]:
+    return self.task.facts()
+
+  def digest(self) -> str:
+    return self.task.digest(self.split)
+
   def batches(
     self,
     *,

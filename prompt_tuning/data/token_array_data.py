@@ -122,6 +122,14 @@ class TokenArrayData:
   def class_labels(self) -> None:
     """Running text has no classes."""
 
+  def facts(self) -> dict[str, object]:
+    """Nothing: no text of a template, no labels."""
+    return {}
+
+  def digest(self) -> str:
+    """Of the tokens, as they were written."""
+    return str(self.arrays.meta['tokens_sha256'])[:16]
+
   @functools.cached_property
   def window_length(self) -> int:
     """Tokens cut from the stream for an example."""

@@ -5,12 +5,13 @@ sentencepiece package; `Vocabulary.seqio()` builds seqio's own (which imports
 TensorFlow) for the task pipelines. Both give the same ids.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import contextlib
 import functools
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import sentencepiece
 
@@ -194,6 +195,44 @@ class ByteVocabulary:
     return seqio.ByteVocabulary()
 
 
+def label_pieces(
+  vocabulary: Any, labels: Sequence[str], who: str
+) -> list[list[int]]:
+  """The ids of labels, without EOS: the one look at what labels are.
+
+  Args:
+    vocabulary: ours or seqio's.
+    labels: words that the model answers with.
+    who: has them, for messages: 'task bbc_topics'.
+
+  Raises:
+    UserError: fewer than two, no texts, empty or equal ones, or some that the
+      vocabulary cannot write so that they come back.
+  """
+  if isinstance(labels, str) or len(labels) < 2:
+    raise UserError(f'{who}: labels needs two words or more, got {labels!r}')
+  rows = []
+  for number, label in enumerate(labels):
+    if not isinstance(label, str) or not label.strip():
+      raise UserError(f'{who}: labels are words, got {label!r}')
+    if label in labels[:number]:
+      raise UserError(f'{who}: the label {label!r} is given twice')
+    row = list(vocabulary.encode(label))
+    if row in rows:
+      other = labels[rows.index(row)]
+      raise UserError(
+        f'{who}: the vocabulary writes the labels {other!r} and {label!r}'
+        ' alike; choose other labels'
+      )
+    if (written := vocabulary.decode(row)) != label:
+      raise UserError(
+        f'the vocabulary cannot write the label {label!r} of {who}: it comes'
+        f' back as {written!r}; choose other labels'
+      )
+    rows.append(row)
+  return rows
+
+
 def _check_id(vocabulary: Vocabulary | ByteVocabulary, token: int) -> None:
   if not 0 <= token < vocabulary.size:
     raise UserError(
@@ -236,6 +275,22 @@ def load_vocabulary(
     f'name (bundled: {names}; or {BYTES} for bytes); give the path of a '
     'spiece.model'
   )
+
+
+def digest_beside(path: str | pathlib.Path) -> str | None:
+  """The digest of the vocabulary beside a model; None where there is none.
+
+  Args:
+    path: the model's: a bundled name, a file or a folder.
+  """
+  given = pathlib.Path(path)
+  folder = given.parent if given.is_file() else given
+  for file in (folder / _MODEL_FILE, _BUNDLED / str(path) / _MODEL_FILE):
+    with contextlib.suppress(OSError):
+      return hashlib.sha256(file.read_bytes()).hexdigest()
+  if _says_bytes(folder / 'tokenizer_config.json'):
+    return ByteVocabulary.digest
+  return None
 
 
 def _says_bytes(tokenizer_config: pathlib.Path) -> bool:

@@ -36,6 +36,7 @@ def convert(
   vocabulary: str | None = None,
   step: int | None = None,
   dtype: str = 'float32',
+  overwrite: bool = False,
 ) -> list[str]:
   """Writes a model or prompts in another format.
 
@@ -55,6 +56,8 @@ def convert(
     vocabulary: written beside a Hugging Face model.
     step: of a model that does not say it.
     dtype: of a model's parameters, 'float32' or 'bfloat16'.
+    overwrite: files that are there may be replaced. A T5X folder gets a
+      checkpoint of a step it does not have, whatever it holds.
 
   Returns:
     The files or folders written.
@@ -69,6 +72,11 @@ def convert(
     )
   if len(sources) > 1 and to != 'serving_table':
     raise UserError(f'{to} is made of one source, got {len(sources)}')
+  files.check_output(
+    output,
+    [*sources, prompt, trained, base, vocabulary],
+    overwrite=overwrite or to == 't5x',
+  )
   if to in PROMPT_FORMATS:
     if trained is not None:
       raise UserError(f'{to} is made of one source; leave --trained away')

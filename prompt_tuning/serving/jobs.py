@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import os
-import string
 import sys
 from typing import Any, TextIO
 
@@ -18,12 +17,15 @@ import jax
 from prompt_tuning import files
 from prompt_tuning.data import vocabularies
 from prompt_tuning.data.records import format_of
+from prompt_tuning.data.records import looks_like_json
 from prompt_tuning.data.records import read_records
+from prompt_tuning.data.templates import Template
 from prompt_tuning.errors import UserError
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.serving import loading
 from prompt_tuning.serving.predictor import Predictor
 from prompt_tuning.training import hosts
+from prompt_tuning.training import reporting
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.evaluator import Evaluation
 from prompt_tuning.training.mesh_choice import Partitioner
@@ -38,9 +40,10 @@ def infer(
   output_file: str,
   trained: Sequence[Trained] = (),
   *,
-  template: str = '{text}',
+  template: str | None = None,
   input_format: str | None = None,
   columns: Sequence[str] | None = None,
+  rank: bool = False,
   labels: Sequence[str] | None = None,
   inputs_length: int | None = None,
   targets_length: int | None = None,
@@ -50,8 +53,14 @@ def infer(
   dtype: str | None = None,
   check_fingerprint: bool = True,
   partitioner: Partitioner | None = None,
-) -> dict[str, int]:
+  overwrite: bool = False,
+  progress: bool = True,
+) -> dict[str, Any]:
   """Predicts for every record of a file and writes JSONL.
+
+  A line of the output has the fields of its record and what
+  `Predictor.records` gives; of a field that both have, the record's is called
+  `<name>_given`.
 
   Args:
     model: the T5.
@@ -60,11 +69,14 @@ def infer(
     input_file: '-' is stdin.
     output_file: '-' is stdout; a file appears when all is done.
     trained: of methods, as `load_trained` gives them; none for T5 alone.
-    template: the model's input, with the record's fields in braces; a plain
-      text's only field is `text`.
-    input_format: 'jsonl', 'tsv' or 'text'; None goes by the file's ending.
-    columns: the names of a TSV's columns; None reads its first line as such.
-    labels: see `Predictor`, as all that follow.
+    template: the model's input, with the record's fields in braces; None takes
+      that of the training, as far as `trained` says it, else '{text}' (see
+      `Predictor`).
+    input_format: 'jsonl', 'tsv', 'csv' or 'text'; None goes by the file's
+      ending, on stdin by the first line.
+    columns: the names of a table's columns; None reads its first line as such.
+    rank: ranks labels by their likelihood instead of generating.
+    labels: which; given, it implies `rank`; None takes those of the training.
     inputs_length: ids of a text; None takes what was trained with, as far as
       `trained` says it, else 512.
     targets_length: ids of a prediction; None likewise, else 32.
@@ -72,11 +84,13 @@ def infer(
     prompt_index: which prompt of the table.
     seed: of decoding, where it samples.
     dtype: of the frozen weights; None: see `loading.load`.
-    check_fingerprint: refuse what was trained on another base.
+    check_fingerprint: refuse what was trained on another base or vocabulary.
     partitioner: how the devices of the job share the work; None chooses.
+    overwrite: an output file that is there may be replaced.
+    progress: shows progress on stderr.
 
   Returns:
-    {'examples': how many}.
+    {'examples': how many, 'cut': how many of them were too long, 'output'}.
 
   Raises:
     UserError: files, fields, prompt or vocabulary are at fault.
@@ -84,56 +98,108 @@ def infer(
   if input_file == '-' and jax.process_count() > 1:
     raise UserError('a job over several processes needs an input file, got -')
   # The cheap faults first: the checkpoint takes a while.
-  if input_format is None:
-    input_format = format_of(input_file)
-  fields = _template_fields(template)
+  show = reporting.Progress(silent=not progress or not hosts.is_primary())
+  if output_file != '-':
+    read = [input_file, base.path if base else None, vocabulary]
+    files.check_output(
+      output_file, read, overwrite=overwrite, what='OUTPUT_FILE'
+    )
+    if os.path.isdir(output_file):
+      raise UserError(f'OUTPUT_FILE {output_file} is a folder; name a file')
+  known = loading.remembered(trained)
+  given = {
+    'inputs_length': inputs_length,
+    'targets_length': targets_length,
+    'template': template,
+  }
+  settings = known | {k: v for k, v in given.items() if v is not None}
+  _tell_differences(known, settings, show)
+  filled = Template(settings.pop('template', None) or '{text}')
+  for part, length in (('inputs', 512), ('targets', 32)):
+    settings.setdefault(f'{part}_length', length)
+  words = vocabularies.load_vocabulary(vocabulary)
+  if rank and labels is None:
+    labels = settings.get('labels')
+    if labels is None:
+      raise UserError('infer.rank needs infer.labels: the training named none')
+  if labels is not None:
+    vocabularies.label_pieces(words, labels, 'infer.labels')
   with contextlib.ExitStack() as stack:
-    lines = _open_input(input_file, stack)
-    records = read_records(lines, input_format, input_file, columns)
-    first = list(itertools.islice(records, 1))
+    reopen, input_format = _input(input_file, input_format, show, stack)
+
+    def texts() -> Iterator[tuple[dict[str, Any], str]]:
+      """(fields to keep, the model's input) of each record, from the start."""
+      is_text = input_format == 'text'
+      for place, record in read_records(
+        reopen(), input_format, input_file, columns
+      ):
+        # The training's template takes a plain text, whatever its field.
+        plain = is_text and template is None
+        given = record['text'] if plain else record
+        yield {} if is_text else record, filled.input_of(given, place)
+
+    # A file is looked at whole before a model is read.
+    total = sum(1 for _ in texts()) if os.path.isfile(input_file) else None
+    waiting = texts()
+    first = list(itertools.islice(waiting, 1))
     if not first:
       raise UserError(f'{input_file} has no records')
-    texts = (
-      _fill(template, fields, record, place)
-      for place, record in itertools.chain(first, records)
-    )
-    head = next(texts)
-    known = dict(trained[0].facts) if trained else {}
-    lengths = {
-      'inputs': inputs_length or known.get('inputs_length') or 512,
-      'targets': targets_length or known.get('targets_length') or 32,
-    }
+    show.say(f'reading the base {base.path}' if base else 'reading the base')
     loaded = loading.load_for_job(
       model,
       base,
       trained,
       partitioner,
-      lengths,
+      {part: settings[f'{part}_length'] for part in ('inputs', 'targets')},
       batch_size,
       dtype=dtype,
       check_fingerprint=check_fingerprint,
+      vocabulary=words,
     )
     predictor = Predictor(
       loaded,
-      vocabularies.load_vocabulary(vocabulary),
-      inputs_length=lengths['inputs'],
-      targets_length=lengths['targets'],
+      words,
       batch_size=batch_size,
       prompt_index=prompt_index,
       seed=seed,
+      **settings,
     )
+    _say(loaded)
     # Of a job one process writes; the others only work along.
     output = stack.enter_context(
       _output(output_file) if hosts.is_primary() else open(os.devnull, 'w')
     )
-    count = 0
-    for record in predictor.records(itertools.chain([head], texts), labels):
-      if count == 0:
-        _say(loaded)
-      output.write(json.dumps(record, ensure_ascii=False) + '\n')
+    counts = {'examples': 0, 'cut': 0}
+    waiting, kept = itertools.tee(itertools.chain(first, waiting))
+    made = predictor.records((text for _, text in waiting), labels)
+    for record, (fields, _) in zip(made, kept):
+      output.write(_line(fields, record))
       output.flush()
-      count += 1
-  return {'examples': count}
+      counts['examples'] += 1
+      counts['cut'] += 'cut' in record
+      if counts['examples'] % batch_size == 0:
+        show.count(counts['examples'], total, 'texts')
+  return {**counts, 'output': output_file}
+
+
+def _tell_differences(
+  known: Mapping[str, Any],
+  settings: Mapping[str, Any],
+  show: reporting.Progress,
+) -> None:
+  """Says where texts do not look as they did in training."""
+  for name, trained_with in known.items():
+    if settings[name] != trained_with:
+      show.say(
+        f'note: trained with {name} {trained_with!r}, asked for'
+        f' {settings[name]!r}'
+      )
+
+
+def _line(fields: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+  """A line of the output: the record's fields, then ours."""
+  theirs = {f'{k}_given' if k in made else k: v for k, v in fields.items()}
+  return json.dumps({**theirs, **made}, ensure_ascii=False) + '\n'
 
 
 def evaluate(
@@ -146,6 +212,7 @@ def evaluate(
   dtype: str | None = None,
   check_fingerprint: bool = True,
   partitioner: Partitioner | None = None,
+  overwrite: bool = False,
   resolved_config: Callable[[], str] | None = None,
 ) -> dict[str, float]:
   """Scores the model, with or without a prompt, on a task.
@@ -159,6 +226,7 @@ def evaluate(
     dtype: of the frozen weights; None: see `loading.load`.
     check_fingerprint: refuse what was trained on another base.
     partitioner: how the devices of the job share the work; None chooses.
+    overwrite: the results of another evaluation may be replaced.
     resolved_config: gives the text of config.gin; None writes none.
 
   Returns:
@@ -167,6 +235,15 @@ def evaluate(
   Raises:
     UserError: base, prompt, task or folder are at fault.
   """
+  folder = epath.Path(output_dir).expanduser()
+  if (folder / 'checkpoints').exists():
+    raise UserError(
+      f'EVAL_OUTPUT_DIR {folder} is the folder of a run; choose one in it, such'
+      f' as {folder / "eval_test"}'
+    )
+  vocabulary = None
+  if evaluation.task.vocabulary is not None:
+    vocabulary = vocabularies.load_vocabulary(evaluation.task.vocabulary)
   loaded = loading.load_for_job(
     model,
     base,
@@ -176,18 +253,30 @@ def evaluate(
     evaluation.batch_size,
     dtype=dtype,
     check_fingerprint=check_fingerprint,
+    vocabulary=vocabulary,
   )
   evaluator = evaluation.build(
     loaded.model, loaded.virtual_tokens, output_dir, loaded.layout
   )
-  folder = epath.Path(output_dir).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
   if resolved_config is not None and hosts.is_primary():
-    (folder / 'config.gin').write_text(resolved_config())
+    _write_config(folder / 'config.gin', resolved_config(), overwrite)
   _say(loaded)
   step = trained[0].facts.get('step') if trained else None
   step = base.step if step is None else step
   return evaluator.evaluate(loaded.variables, int(step or 0))
+
+
+def _write_config(file: epath.Path, text: str, overwrite: bool) -> None:
+  """Writes how results came to be, over nothing but the same."""
+  if file.exists() and not overwrite and file.read_text() != text:
+    raise UserError(
+      f'EVAL_OUTPUT_DIR {file.parent} has the results of another evaluation'
+      f' ({file.name} differs): choose another folder, or say'
+      ' evaluate.overwrite=True'
+    )
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with files.replacing(file) as opened:
+    opened.write(text)
 
 
 def _say(loaded: loading.Loaded) -> None:
@@ -196,43 +285,38 @@ def _say(loaded: loading.Loaded) -> None:
     print(loaded.reason, file=sys.stderr)
 
 
-def _template_fields(template: str) -> list[str]:
-  try:
-    parts = list(string.Formatter().parse(template))
-  except ValueError as error:
-    raise UserError(f'template {template!r} is not valid: {error}') from None
-  fields = [field for _, field, _, _ in parts if field is not None]
-  if not fields or not all(field.isidentifier() for field in fields):
-    raise UserError(
-      f'template {template!r} needs names of fields in braces, as in '
-      "'question: {question}'"
-    )
-  return fields
+def _input(
+  name: str,
+  input_format: str | None,
+  show: reporting.Progress,
+  stack: contextlib.ExitStack,
+) -> tuple[Callable[[], Iterable[str]], str]:
+  """What opens the lines of a file, and their format."""
+  if input_format is None:
+    input_format = format_of(name)
+    if name == '-':
+      first = list(itertools.islice(sys.stdin, 1))
+      if first and looks_like_json(first[0]):
+        show.say('stdin is read as JSONL (infer.input_format=text: as lines)')
+        input_format = 'jsonl'
+      return lambda: itertools.chain(first, sys.stdin), input_format
 
+  def reopen() -> Iterable[str]:
+    if name == '-':
+      return sys.stdin
+    try:
+      if '://' in name:
+        return stack.enter_context(epath.Path(name).open())
+      path = os.path.expanduser(name)
+      # Lines end at \n alone: text may hold U+2028 and the like.
+      file = open(path, encoding='utf-8-sig', newline='\n')
+      return stack.enter_context(file)
+    except OSError as error:
+      raise UserError(
+        f'input file {name} cannot be read: {error.strerror}'
+      ) from None
 
-def _fill(
-  template: str, fields: Sequence[str], record: Mapping[str, Any], place: str
-) -> str:
-  missing = [field for field in fields if field not in record]
-  if missing:
-    raise UserError(
-      f'{place} has no field {missing[0]}, needed by the template '
-      f'{template!r}; it has {", ".join(record)}'
-    )
-  return template.format_map(record)
-
-
-def _open_input(name: str, stack: contextlib.ExitStack) -> Iterable[str]:
-  if name == '-':
-    return sys.stdin
-  try:
-    if '://' in name:
-      return stack.enter_context(epath.Path(name).open())
-    return stack.enter_context(open(name, encoding='utf-8-sig'))
-  except OSError as error:
-    raise UserError(
-      f'input file {name} cannot be read: {error.strerror}'
-    ) from None
+  return reopen, input_format
 
 
 @contextlib.contextmanager
@@ -242,7 +326,7 @@ def _output(name: str) -> Iterator[TextIO]:
     yield sys.stdout
     return
   try:
-    epath.Path(name).parent.mkdir(parents=True, exist_ok=True)
+    epath.Path(name).expanduser().parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(name) as file:
       yield file
   except OSError as error:

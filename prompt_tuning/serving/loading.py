@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.vocabularies import ByteVocabulary
+from prompt_tuning.data.vocabularies import Vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.models import network
@@ -17,6 +19,7 @@ from prompt_tuning.training import mesh_choice
 from prompt_tuning.training import partitioning
 from prompt_tuning.training import setup
 from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import check_vocabulary
 from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.trained import Trained
 from prompt_tuning.training.trained import layers_axis
@@ -49,6 +52,7 @@ def load(
   dtype: str | None = None,
   check_fingerprint: bool = True,
   layout: partitioning.Layout | None = None,
+  vocabulary: Vocabulary | ByteVocabulary | None = None,
 ) -> Loaded:
   """The model's variables from a base checkpoint and what was trained on it.
 
@@ -58,8 +62,9 @@ def load(
     trained: of methods; none for the base alone.
     dtype: of T5's parameters, as in training: None is bfloat16 on accelerators,
       float32 on CPU. Other methods' arrays stay float32.
-    check_fingerprint: refuse what was trained on another base.
+    check_fingerprint: refuse what was trained on another base or vocabulary.
     layout: where they are put; None: this process's first device.
+    vocabulary: that texts will be read with; None: nobody says.
 
   Raises:
     UserError: base and trained arrays do not fit the model, or each other.
@@ -69,6 +74,13 @@ def load(
   for one in trained:
     if one.is_base:
       base = one.as_base()
+  if vocabulary is not None:
+    digests = {
+      f'the {one.method.collection}': one.facts['vocabulary_digest']
+      for one in trained
+      if one.facts.get('vocabulary_digest')
+    }
+    check_vocabulary(vocabulary, base, digests, strict=check_fingerprint)
   added = [one for one in trained if not one.is_base]
   methods = tuple(one.method for one in added)
   virtual_tokens = setup.virtual_tokens_of(methods, config)
@@ -90,6 +102,19 @@ def load(
   )
 
 
+# What a method's files tell of their training that predictions need.
+_REMEMBERED = (
+  *('inputs_length', 'targets_length'),
+  *('template', 'labels', 'target_sentinel'),
+)
+
+
+def remembered(trained: Sequence[Trained]) -> dict[str, Any]:
+  """Attributes of a `Predictor` as the training had them, if it says so."""
+  facts = trained[0].facts if trained else {}
+  return {name: facts[name] for name in _REMEMBERED if facts.get(name)}
+
+
 def load_for_job(
   model: EncoderDecoderModel,
   base: BaseCheckpoint,
@@ -100,6 +125,7 @@ def load_for_job(
   *,
   dtype: str | None,
   check_fingerprint: bool,
+  vocabulary: Vocabulary | ByteVocabulary | None = None,
 ) -> Loaded:
   """`load` on a job's devices, shared out for inference of this size."""
   methods = [one.method for one in trained]
@@ -121,6 +147,7 @@ def load_for_job(
     dtype=dtype,
     check_fingerprint=check_fingerprint,
     layout=layout,
+    vocabulary=vocabulary,
   )
   return dataclasses.replace(loaded, reason=reason)
 

@@ -1,9 +1,10 @@
 """Texts in, predictions out: generated, ranked or scored."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 from typing import Any
 
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from prompt_tuning.data import postprocessors
 from prompt_tuning.data import virtual_tokens as virtual_tokens_lib
 from prompt_tuning.data import vocabularies
+from prompt_tuning.data.templates import Template
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop import hugging_face
@@ -24,6 +27,11 @@ from prompt_tuning.serving import loading
 from prompt_tuning.serving.loading import Loaded
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.trained import Trained
+
+logger = logging.getLogger(__name__)
+
+# A text, or a record whose fields the template names.
+Text = str | Mapping[str, Any]
 
 # The shortest encoder rows; longer ones double, so few shapes are compiled.
 _SHORTEST = 32
@@ -43,6 +51,12 @@ class Predictor:
     batch_size: texts that run at once.
     prompt_index: which prompt of a table of several.
     seed: of decoding, where it samples.
+    template: makes the model's input; a plain text takes the place of its only
+      field. Plain texts for a template of several fields are inputs as they
+      are.
+    labels: those that `rank` takes where it is given none.
+    target_sentinel: targets begin with <extra_id_0> (see `data.task.Task`);
+      texts of labels, targets and predictions have none.
   """
 
   loaded: Loaded
@@ -52,6 +66,9 @@ class Predictor:
   batch_size: int = 32
   prompt_index: int = 0
   seed: int = 0
+  template: str = '{text}'
+  labels: Sequence[str] | None = None
+  target_sentinel: bool = False
 
   def __post_init__(self):
     rows = self.loaded.model.config.vocab_size
@@ -63,26 +80,49 @@ class Predictor:
     for name in ('inputs_length', 'targets_length', 'batch_size'):
       if getattr(self, name) < 1:
         raise UserError(f'{name} must be 1 or more, got {getattr(self, name)}')
+    Template(self.template)
 
-  def predict(self, texts: Iterable[str]) -> list[str]:
+  def input_of(self, text: Text, place: str = 'a text') -> str:
+    """What the model is given for a text or a record.
+
+    Args:
+      text: see `template`.
+      place: of it, for messages.
+
+    Raises:
+      UserError: the template cannot be filled.
+    """
+    return Template(self.template).input_of(text, place)
+
+  def predict(self, texts: Iterable[Text]) -> list[str]:
     """What the model answers to each text."""
     return [record['prediction'] for record in self.records(texts)]
 
   def rank(
-    self, texts: Iterable[str], labels: Sequence[str]
+    self, texts: Iterable[Text], labels: Sequence[str] | None = None
   ) -> list[dict[str, float]]:
     """The log-likelihood of each label as the answer to each text, in nats.
 
+    Args:
+      texts: see `input_of`.
+      labels: None takes the attribute.
+
     Returns:
       {label: log-likelihood} of each text, the likeliest label first.
+
+    Raises:
+      UserError: no labels, or some that cannot be told apart.
     """
+    labels = self.labels if labels is None else labels
+    if labels is None:
+      raise UserError('rank needs labels: the training named none')
     ranked = []
     for record in self.records(texts, labels):
       items = record['scores'].items()
       ranked.append(dict(sorted(items, key=lambda item: -item[1])))
     return ranked
 
-  def score(self, texts: Sequence[str], targets: Sequence[str]) -> list[float]:
+  def score(self, texts: Iterable[Text], targets: Iterable[str]) -> list[float]:
     """The log-likelihood of each target as the answer to its text, in nats.
 
     Its EOS is counted. Targets are not cut.
@@ -102,7 +142,7 @@ class Predictor:
     found = []
     for start in range(0, len(texts), self.batch_size):
       chunk = texts[start : start + self.batch_size]
-      inputs = self._encoder_inputs(chunk)
+      inputs, _ = self._encoder_inputs([self.input_of(one) for one in chunk])
       chosen = np.zeros((len(inputs), rows.shape[1]), np.int32)
       chosen[: len(chunk)] = rows[start : start + len(chunk)]
       scores = jax.device_get(
@@ -112,58 +152,77 @@ class Predictor:
     return found
 
   def records(
-    self, texts: Iterable[str], labels: Sequence[str] | None = None
+    self, texts: Iterable[Text], labels: Sequence[str] | None = None
   ) -> Iterator[dict[str, Any]]:
     """Yields one record a text, in order, as soon as its batch is done.
 
     A record has `input`, `prediction` and `score`, the prediction's
     log-likelihood in nats, its EOS included; with labels also `scores`, the
-    log-likelihood of each.
+    log-likelihood of each; `cut`, how many of the input's ids were cut off,
+    where some were. Of those a warning tells in the end.
 
     Args:
       texts: read a batch at a time.
       labels: rank these by likelihood; None generates text.
 
     Raises:
-      UserError: fewer than two labels.
+      UserError: fewer than two labels, or some that cannot be told apart.
     """
-    if labels is not None and len(labels) < 2:
-      raise UserError(f'labels needs two strings or more, got {list(labels)}')
-    label_rows = None if labels is None else self._targets(labels)
-    waiting = iter(texts)
+    label_rows = None
+    if labels is not None:
+      vocabularies.label_pieces(self.vocabulary, labels, 'ranking')
+      label_rows = self._targets(labels)
+    waiting, seen, cut_texts = iter(texts), 0, 0
     for number in itertools.count():
       chunk = list(itertools.islice(waiting, self.batch_size))
       if not chunk:
-        return
-      inputs = self._encoder_inputs(chunk)
+        break
+      chunk = [
+        self.input_of(text, f'text {seen + i}') for i, text in enumerate(chunk)
+      ]
+      inputs, cut = self._encoder_inputs(chunk)
       if label_rows is None:
-        yield from self._generate(chunk, inputs, number)
+        records = self._generate(chunk, inputs, number)
       else:
-        yield from self._rank(chunk, inputs, labels, label_rows)
+        records = self._rank(chunk, inputs, labels, label_rows)
+      for record, ids in zip(records, cut):
+        yield record | ({'cut': ids} if ids else {})
+      seen, cut_texts = seen + len(chunk), cut_texts + np.count_nonzero(cut)
+    if cut_texts:
+      logger.warning(
+        '%d of %d texts are longer than inputs_length %d and were cut',
+        *(cut_texts, seen, self.inputs_length),
+      )
 
-  def _encoder_inputs(self, texts: Sequence[str]) -> Int[np.ndarray, 'B T']:
-    """Rows of equal length; the last batch is filled up by empty texts."""
+  def _encoder_inputs(
+    self, texts: Sequence[str]
+  ) -> tuple[Int[np.ndarray, 'B T'], list[int]]:
+    """Rows of equal length, and how many ids of each text were cut off.
+
+    The last batch is filled up by empty texts.
+    """
     encoded = [self.vocabulary.encode(text) for text in texts]
     longest = max(len(ids) + 1 for ids in encoded)
     length = _SHORTEST
     while length < longest:
       length *= 2
     length = min(length, self.inputs_length)
+    cut = [max(len(ids) + 1 - self.inputs_length, 0) for ids in encoded]
     rows = self.loaded.layout.padded(self.batch_size)
     encoded += [[]] * (rows - len(encoded))
-    return np.stack(
-      [
-        virtual_tokens_lib.encoder_row(
-          ids, length, self.loaded.virtual_tokens, self.prompt_index
-        )
-        for ids in encoded
-      ]
-    )
+    inputs = [
+      virtual_tokens_lib.encoder_row(
+        ids, length, self.loaded.virtual_tokens, self.prompt_index
+      )
+      for ids in encoded
+    ]
+    return np.stack(inputs), cut
 
   def _targets(self, texts: Sequence[str]) -> Int[np.ndarray, 'N L']:
-    return virtual_tokens_lib.target_rows(
-      [self.vocabulary.encode(text) for text in texts], self.vocabulary.eos_id
-    )
+    rows = [self.vocabulary.encode(text) for text in texts]
+    if self.target_sentinel:
+      rows = [[self.vocabulary.sentinel(0), *row] for row in rows]
+    return virtual_tokens_lib.target_rows(rows, self.vocabulary.eos_id)
 
   def _generate(
     self, texts: Sequence[str], inputs: Int[np.ndarray, 'B T'], number: int
@@ -177,6 +236,8 @@ class Predictor:
     )
     for text, row, score in zip(texts, ids, scores):
       prediction = self.vocabulary.decode(row.tolist())
+      if self.target_sentinel:
+        prediction = postprocessors.without_sentinel(prediction)
       yield {'input': text, 'prediction': prediction, 'score': float(score)}
 
   def _rank(self, texts, inputs, labels, label_rows) -> Iterator[dict]:
@@ -252,8 +313,9 @@ def load(
     model: None: the base's own network, which decodes greedily.
     dtype: of T5's parameters; None: bfloat16 on accelerators, float32 on CPU.
     check_fingerprint: refuse what was trained on another base.
-    **settings: further attributes of `Predictor`; lengths that are not given
-      are those of the training, as far as `trained` says them.
+    **settings: further attributes of `Predictor`; lengths, template, labels
+      and sentinel that are not given are those of the training, as far as
+      `trained` says them.
 
   Raises:
     UserError: nothing there, or it does not fit together.
@@ -265,12 +327,14 @@ def load(
   if model is None:
     model = EncoderDecoderModel(base.config(), decode_fn=temperature_sample)
   words = vocabularies.load_vocabulary(vocabulary or _beside(base))
-  if trained:
-    for name in ('inputs_length', 'targets_length'):
-      if known := trained[0].facts.get(name):
-        settings.setdefault(name, known)
+  settings = loading.remembered(trained) | settings
   loaded = loading.load(
-    model, base, trained, dtype=dtype, check_fingerprint=check_fingerprint
+    model,
+    base,
+    trained,
+    dtype=dtype,
+    check_fingerprint=check_fingerprint,
+    vocabulary=words,
   )
   return Predictor(loaded, words, **settings)
 

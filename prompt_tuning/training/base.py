@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import hashlib
+import logging
 import math
 from typing import Any
 
@@ -12,10 +13,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from prompt_tuning.data import vocabularies
+from prompt_tuning.data.vocabularies import ByteVocabulary
+from prompt_tuning.data.vocabularies import Vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.training import partitioning
+
+logger = logging.getLogger(__name__)
 
 STORAGE_DTYPES = ('float32', 'bfloat16')
 
@@ -212,6 +218,54 @@ def _placed(array: Any, dtype: np.dtype, sharding: Any) -> jax.Array:
     return parts[key]
 
   return jax.make_array_from_callback(tuple(array.shape), sharding, part)
+
+
+# Tables are rounded up to a multiple of 128 rows, and prompts may be in them.
+_SPARE_ROWS = 512
+
+
+def check_vocabulary(
+  vocabulary: Vocabulary | ByteVocabulary,
+  base: BaseCheckpoint,
+  said: Mapping[str, str] | None = None,
+  *,
+  strict: bool = True,
+) -> None:
+  """Looks whether a vocabulary is the model's own.
+
+  A model may have its vocabulary beside it. Where nobody knows, one that has
+  far fewer pieces than the model has rows is told of.
+
+  Args:
+    vocabulary: to be used.
+    base: the model.
+    said: {who: digest} of those who know with which they were trained.
+    strict: False makes the fault a warning.
+
+  Raises:
+    UserError: it is another one.
+  """
+  beside = vocabularies.digest_beside(base.path)
+  known = {
+    **(said or {}),
+    **({f'the model {base.path}': beside} if beside else {}),
+  }
+  for who, digest in known.items():
+    if digest != vocabulary.digest:
+      fault = (
+        f'{who} was trained with another vocabulary than {vocabulary.path}'
+        f' (digest {digest[:16]}, got {vocabulary.digest[:16]})'
+      )
+      if strict:
+        raise UserError(f'{fault}: give the vocabulary of the model')
+      logger.warning(fault)
+  rows = base.arrays['token_embedder/embedding'].shape[0]
+  if not known and rows >= vocabulary.size + _SPARE_ROWS:
+    logger.warning(
+      "the vocabulary %s has %d pieces, the model %d rows: is it the model's"
+      ' own?',
+      *(vocabulary.path, vocabulary.size, rows),
+    )
 
 
 # Faults.

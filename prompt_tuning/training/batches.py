@@ -60,6 +60,21 @@ class TrainData(Protocol):
     """The task's labels, where it has a fixed set of them."""
 
 
+@runtime_checkable
+class Described(Protocol):
+  """A source that can say what its examples are; others are taken on trust."""
+
+  def facts(self) -> Mapping[str, Any]:
+    """What the files of a trained method tell of their task.
+
+    Names are 'template' (the inputs, fields in braces), 'labels' and
+    'target_sentinel', as far as there are any.
+    """
+
+  def digest(self) -> str:
+    """Another one for other examples, wherever they lie."""
+
+
 def placed(
   batch: Mapping[str, np.ndarray],
   layout: partitioning.Layout,

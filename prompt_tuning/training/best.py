@@ -5,8 +5,9 @@ of equals the earliest is. The checkpoint of the best step is kept, it is what
 `train` returns, and what its files and `export` are made of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
+import difflib
 import math
 from typing import Any
 
@@ -79,20 +80,26 @@ class Best:
       return cls(**saved)
     return cls(selection.metric, selection.mode)
 
+  def require_among(self, names: Collection[str]) -> None:
+    """Raises UserError where an evaluation has no such metric."""
+    if self.metric is not None and self.metric not in names:
+      near = difflib.get_close_matches(self.metric, sorted(names), n=1)
+      hint = f' (did you mean {near[0]}?)' if near else ''
+      raise UserError(
+        f'best_metric {self.metric!r} is not among the metrics of the'
+        f' evaluation: {", ".join(sorted(names))}{hint}'
+      )
+
   def note(self, step: int, found: Mapping[str, float]) -> None:
     """Takes the evaluation at a step into account.
 
     Raises:
       UserError: it has no such metric.
     """
+    self.require_among(found)
     if self.metric is None:
       self.metrics = dict(found)
       return
-    if self.metric not in found:
-      raise UserError(
-        f'best_metric {self.metric!r} is not among the metrics of the'
-        f' evaluation: {", ".join(sorted(found))}'
-      )
     value = found[self.metric]
     sign = 1 if self.mode == 'max' else -1
     if math.isfinite(value) and (

@@ -2,15 +2,16 @@
 
 A run's checkpoint is a folder named by its step. Orbax writes the arrays (step,
 trained collections, optimiser state: kilobytes for a prompt) into `state`;
-then `manifest.json` is put beside them in one rename. It lists every file and
-its size, the arrays' shapes, the metrics, and what the loop needs to go on
-(data position, seed, the base's fingerprint). A folder that its manifest does
-not describe to the byte was left half-written, or lost a file since, and is
-passed over.
+then `manifest.json` is put beside them in one rename. It lists every file with
+its size and digest, the arrays' shapes, the metrics, and what the loop needs to
+go on (data position, seed, the base's fingerprint). A folder whose files have
+not those sizes was left half-written, or lost one since, and is passed over;
+one whose contents have changed is passed over with a warning.
 """
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -33,6 +34,9 @@ from prompt_tuning.training.train_state import TrainState
 MANIFEST = 'manifest.json'
 _STATE = 'state'
 _TRAINED = 'trainable'  # the attribute of `TrainState`
+
+# In a bucket larger files are not read again for a digest.
+_DIGESTED = 64 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class Checkpoints:
     self.directory = epath.Path(directory).expanduser().absolute()
     self._keep = keep
     self._writer = None
+    self._unchanged: dict[int, bool] = {}
     if read_only:
       return
     try:
@@ -123,6 +128,7 @@ class Checkpoints:
         with files.replacing(folder / MANIFEST) as file:
           json.dump(manifest, file, indent=1, default=_to_json)
         self._delete_old(step)
+        self._unchanged.pop(step, None)
       hosts.wait_for_all(f'saved step {step}')
     except Exception as error:
       if not files.is_storage_fault(error):
@@ -144,6 +150,17 @@ class Checkpoints:
         return step
       logger.warning(
         'passing over %s/%d: the checkpoint is incomplete', self.directory, step
+      )
+    return None
+
+  def newest_unchanged_step(self) -> int | None:
+    """The newest step to go on from: complete, and as it was written."""
+    for step in reversed(self.steps()):
+      if self._is_unchanged(step):
+        return step
+      logger.warning(
+        'passing over %s/%d: its contents have changed since it was written',
+        *(self.directory, step),
       )
     return None
 
@@ -181,7 +198,7 @@ class Checkpoints:
     Raises:
       UserError: no such checkpoint, or it is of another shape or damaged.
     """
-    manifest = self._required_manifest(step)
+    manifest = self._unchanged_manifest(step)
     folder = self.directory / str(step)
     flat = _flatten(like)
     _check_arrays(folder, manifest['arrays'], flat)
@@ -212,7 +229,7 @@ class Checkpoints:
     """
     found: dict[str, dict[str, parameters.LazyArray]] = {}
     folder = self.directory / str(step)
-    for name, spec in self._required_manifest(step)['arrays'].items():
+    for name, spec in self._unchanged_manifest(step)['arrays'].items():
       parent, _, rest = name.partition('/')
       if parent == _TRAINED:
         collection, _, path = rest.partition('/')
@@ -251,7 +268,7 @@ class Checkpoints:
         path: {'shape': list(np.shape(leaf)), 'dtype': str(leaf.dtype)}
         for path, leaf in flat.items()
       },
-      'files': _sizes(folder),
+      **_contents(folder),
     }
 
   def _folders(self) -> list[int]:
@@ -269,6 +286,26 @@ class Checkpoints:
       raise UserError(
         f'no complete checkpoint of step {step} in {self.directory}; there '
         f'are {self.steps() or "none"}'
+      )
+    return manifest
+
+  def _is_unchanged(self, step: int) -> bool:
+    """Whether the files have the digests that were written; looks once."""
+    if step not in self._unchanged:
+      folder = self.directory / str(step)
+      digests = (self._manifest(step) or {}).get('digests', {})
+      self._unchanged[step] = all(
+        _digest(folder / name) == digest for name, digest in digests.items()
+      )
+    return self._unchanged[step]
+
+  def _unchanged_manifest(self, step: int) -> dict[str, Any]:
+    manifest = self._required_manifest(step)
+    if not self._is_unchanged(step):
+      others = [other for other in self.steps() if other != step]
+      raise UserError(
+        f'checkpoint {self.directory / str(step)} is damaged: its contents have'
+        f' changed since it was written; other steps are {others or "none"}'
       )
     return manifest
 
@@ -408,8 +445,8 @@ def _check_arrays(
 # The manifest.
 
 
-def _sizes(folder: epath.Path) -> dict[str, int]:
-  """Bytes of every file below, by relative path, but for the manifest."""
+def _contents(folder: epath.Path) -> dict[str, dict[str, Any]]:
+  """Bytes and digests of every file below, by path, but for the manifest."""
   sizes = {}
   stack = [folder]
   while stack:
@@ -419,7 +456,21 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
       elif not path.name.startswith(MANIFEST):
         name = str(path.relative_to(folder))
         sizes[name] = path.stat().length
-  return dict(sorted(sizes.items()))
+  local = '://' not in os.fspath(folder)
+  digests = {
+    name: _digest(folder / name)
+    for name, size in sizes.items()
+    if local or size <= _DIGESTED
+  }
+  return {
+    'files': dict(sorted(sizes.items())),
+    'digests': dict(sorted(digests.items())),
+  }
+
+
+def _digest(path: epath.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _read_manifest(folder: epath.Path) -> dict[str, Any] | None:
@@ -428,7 +479,9 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any] | None:
     manifest = json.loads((folder / MANIFEST).read_text())
     files = manifest['files']
     complete = all((folder / n).stat().length == s for n, s in files.items())
-  except (OSError, ValueError, KeyError, TypeError):
+    for part in ('extra', 'metrics', 'arrays'):
+      complete = complete and isinstance(manifest[part], dict)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return None
   return manifest if complete else None
 

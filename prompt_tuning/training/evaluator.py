@@ -1,7 +1,7 @@
 """Evaluation of a task's metrics on decoded text, by seqio's Evaluator."""
 
 import collections
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -20,6 +20,7 @@ from prompt_tuning import files
 from prompt_tuning.data import task as task_lib
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.virtual_tokens import target_rows
+from prompt_tuning.data.vocabularies import label_pieces
 from prompt_tuning.errors import UserError
 from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
@@ -184,14 +185,53 @@ class Evaluator:
     Raises:
       UserError: if the files cannot be written.
     """
+    values, outputs = self._measure(
+      step,
+      lambda ds: self._predictions(variables, ds),
+      lambda ds: self._predictions_and_aux(variables, ds),
+      lambda ds: self._scores(variables, ds),
+    )
+    if not hosts.is_primary():
+      return values
+    with _writing(self._output_dir):
+      for task, output in outputs.items():
+        self._write_inference(self._tasks[task], output, step)
+      line = {'step': step, 'split': self._evaluation.split, **values}
+      with (self._output_dir / METRICS_FILE).open('a') as file:
+        file.write(json.dumps(line) + '\n')
+    return values
+
+  def metric_names(self) -> set[str]:
+    """The names of `evaluate`'s metrics, found with the truth as prediction."""
+
+    def truth(dataset):
+      rows = self._task_of(dataset).target_rows
+      return list(enumerate(rows))
+
+    def zeros(dataset):
+      return [(i, 0.0) for i in range(self._task_of(dataset).size)]
+
+    def truth_and_zeros(dataset):
+      return truth(dataset), {'scores': [zero for _, zero in zeros(dataset)]}
+
+    return set(self._measure(0, truth, truth_and_zeros, zeros)[0])
+
+  def _measure(
+    self,
+    step: int,
+    predict: Callable[..., Any],
+    predict_with_aux: Callable[..., Any],
+    score: Callable[..., Any],
+  ) -> tuple[dict[str, float], Mapping[str, Any]]:
+    """All metrics of a model's functions, and its outputs by task."""
     # A training loop forbids implicit transfers; seqio's metrics make some.
     with jax.transfer_guard('allow'):
       metrics, outputs = self._seqio.evaluate(
         compute_metrics=True,
         step=step,
-        predict_fn=lambda ds: self._predictions(variables, ds),
-        predict_with_aux_fn=lambda ds: self._predictions_and_aux(variables, ds),
-        score_fn=lambda ds: self._scores(variables, ds),
+        predict_fn=predict,
+        predict_with_aux_fn=predict_with_aux,
+        score_fn=score,
       )
     values = {}
     for task, results in metrics.result().items():
@@ -206,15 +246,7 @@ class Evaluator:
     own = [found[n] for t in self._tasks.values() if (n := t.selects) in found]
     if found:
       values[SCORE] = _mean(own or found.values())
-    if not hosts.is_primary():
-      return values
-    with _writing(self._output_dir):
-      for task, output in outputs.items():
-        self._write_inference(self._tasks[task], output, step)
-      line = {'step': step, 'split': self._evaluation.split, **values}
-      with (self._output_dir / METRICS_FILE).open('a') as file:
-        file.write(json.dumps(line) + '\n')
-    return values
+    return values, outputs
 
   def _task_of(self, dataset) -> '_TaskExamples':
     for name, cached in self._seqio.cached_model_datasets.items():
@@ -341,6 +373,11 @@ class _TaskExamples:
         task, self.vocabulary, evaluation.task.target_sentinel
       )
 
+  @property
+  def target_rows(self) -> Int[np.ndarray, 'N L']:
+    """The truth as ids."""
+    return self._rows['decoder_target_tokens']
+
   def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """All examples in order, in batches of one size.
 
@@ -386,14 +423,7 @@ def _label_tokens(
       f'rank classification needs a task with labels, {task.name} has none;'
       ' evaluate it with rank_classification=False'
     )
-  rows = [vocabulary.encode(label) for label in labels]
-  for label, row in zip(labels, rows, strict=True):
-    written = vocabulary.decode(row)
-    if written != label:
-      raise UserError(
-        f'the vocabulary cannot write the label {label!r} of task'
-        f' {task.name}: it comes back as {written!r}; choose other labels'
-      )
+  rows = label_pieces(vocabulary, labels, f'task {task.name}')
   if target_sentinel:
     rows = [[vocabulary.vocab_size - 1, *row] for row in rows]
   return target_rows(rows, vocabulary.eos_id)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.prompt import Prompt
@@ -28,9 +29,11 @@ from prompt_tuning.training import reporting
 from prompt_tuning.training import setup
 from prompt_tuning.training import trained as trained_lib
 from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.evaluator import Evaluation
 from prompt_tuning.training.mesh_choice import Partitioner
+from prompt_tuning.training.run_lock import RunLock
 from prompt_tuning.training.run_record import RunRecord
 from prompt_tuning.training.train_state import TrainState
 
@@ -157,84 +160,106 @@ def train(
   setup.check_positive(
     **periods, microbatches=microbatches, validation_batches=validation_batches
   )
+  setup.check_seed(seed)
   if model is None:
     if base is None:
       raise UserError('train needs a model, or a base to know it by')
     model = EncoderDecoderModel(base.config())
   virtual_tokens = setup.virtual_tokens_of(methods, model.config)
-  setup.check(model, data, base, methods)
+  setup.check(model, data, base, methods, learning_rate)
   first_step = base.step if base is not None else 0
   last_step = setup.last_step(first_step, train_steps_relative, train_steps)
   model_dir = setup.made(model_dir)
   model = dataclasses.replace(model, methods=tuple(methods))
-
   layout, reason = setup.layout(
     model, data, partitioner, frozen_dtype, microbatches
   )
-  init_key, run_key = jax.random.split(jax.random.key(seed))
-  trainable, frozen, axes = setup.variables(
-    model, data, base, init_key, frozen_dtype, layout
-  )
-  record = setup.run_record(
-    model, data, base, trainable, seed, selection, layout
-  )
-  tx = optimizers.build_optimizer(optimizer, learning_rate, first_step, axes)
-  state, shardings = setup.first_state(trainable, tx, first_step, layout, axes)
-  del trainable  # the first step takes their buffers over
-  checkpoints = Checkpoints(model_dir / 'checkpoints', keep=keep_checkpoints)
-  resumed = setup.resumed_step(checkpoints, model_dir)
-  if resumed is not None:
-    record = record.resumed(checkpoints.extra(resumed), model_dir)
-    state, _ = checkpoints.restore(resumed, state)
-
-  # What may be wrong with data comes to light before a file is touched.
-  evaluators = setup.evaluators(
-    model,
-    virtual_tokens,
-    layout,
-    model_dir / 'eval',
-    validation_data,
-    validation_batches,
-    evaluation,
-  )
-  prefetch = setup.prefetched(data, model, virtual_tokens, record, layout)
   silent = not hosts.is_primary()
-  run = _Run(
-    state=state,
-    frozen=frozen,
-    record=record,
-    step_fn=setup.step_function(
+  show = reporting.Progress(silent=silent or not progress)
+
+  with contextlib.ExitStack() as stack:
+    lock = stack.enter_context(RunLock(model_dir))
+    checkpoints = stack.enter_context(
+      Checkpoints(model_dir / 'checkpoints', keep=keep_checkpoints)
+    )
+    # What may be wrong with data comes to light before weights are read.
+    show.say('reading the data')
+    evaluators = setup.evaluators(
       model,
-      tx,
-      learning_rate,
-      run_key,
+      virtual_tokens,
       layout,
-      microbatches,
-      shardings,
-      first_step,
-    ),
-    evaluators=evaluators,
-    checkpoints=checkpoints,
-    writer=reporting.MetricsWriter(model_dir, int(state.step), silent=silent),
-    show=reporting.Progress(
-      last_step - first_step,
-      int(state.step) - first_step,
-      silent=silent or not progress,
-    ),
-    first_step=first_step,
-    last_step=last_step,
-    patience=selection.patience,
-    **periods,
-  )
-  run.announce(layout, reason, resumed)
-  if resolved_config is not None and hosts.is_primary():
-    (model_dir / 'config.gin').write_text(resolved_config())
-  with (
-    hosts.StopSignal() as stop,
-    _closing(prefetch, run.writer, checkpoints),
-  ):
-    run.take_steps(prefetch, stop)
-    return run.result(model_dir)
+      model_dir / 'eval',
+      validation_data,
+      validation_batches,
+      evaluation,
+    )
+    setup.check_metric(selection, evaluators)
+    show.say(f'reading the base {base.path}' if base else 'drawing the base')
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    trainable, frozen, axes = setup.variables(
+      model, data, base, init_key, frozen_dtype, layout
+    )
+    record = setup.run_record(
+      model,
+      data,
+      base,
+      trainable,
+      seed,
+      selection,
+      layout,
+      # Its rate is told by itself.
+      optimizer=optimizers.build_optimizer(optimizer, 0.0, first_step, axes),
+      learning_rate=learning_rate,
+      microbatches=microbatches,
+      frozen_dtype=storage_dtype(frozen_dtype),
+      evaluation=evaluation,
+      validation_data=validation_data,
+      validation_batches=validation_batches,
+    )
+    tx = optimizers.build_optimizer(optimizer, learning_rate, first_step, axes)
+    state, shardings = setup.first_state(
+      trainable, tx, first_step, layout, axes
+    )
+    del trainable  # the first step takes their buffers over
+    setup.check_disk(model_dir, state)
+    resumed = setup.resumed_step(checkpoints, model_dir)
+    if resumed is not None:
+      record = record.resumed(checkpoints.extra(resumed), model_dir)
+      state, _ = checkpoints.restore(resumed, state)
+    prefetch = setup.prefetched(data, model, virtual_tokens, record, layout)
+    stack.callback(prefetch.close)
+    writer = reporting.MetricsWriter(model_dir, int(state.step), silent=silent)
+    stack.callback(writer.close)
+    run = _Run(
+      state=state,
+      frozen=frozen,
+      record=record,
+      step_fn=setup.step_function(
+        model,
+        tx,
+        learning_rate,
+        run_key,
+        layout,
+        microbatches,
+        shardings,
+        first_step,
+      ),
+      evaluators=evaluators,
+      checkpoints=checkpoints,
+      writer=writer,
+      show=show,
+      first_step=first_step,
+      last_step=last_step,
+      patience=selection.patience,
+      **periods,
+    )
+    run.announce(layout, reason, resumed, lock.remark)
+    if resolved_config is not None and hosts.is_primary():
+      with files.replacing(model_dir / 'config.gin') as file:
+        file.write(resolved_config())
+    with hosts.StopSignal() as stop:
+      run.take_steps(prefetch, stop)
+      return run.result(model_dir)
 
 
 @dataclasses.dataclass
@@ -268,9 +293,12 @@ class _Run:
   def _due(self, period: int) -> bool:
     return self.ended or (self.step - self.first_step) % period == 0
 
-  def announce(self, layout, reason: str, resumed: int | None) -> None:
+  def announce(
+    self, layout, reason: str, resumed: int | None, remark: str
+  ) -> None:
     count = reporting.count_parameters
     done = self.step - self.first_step
+    self.show.begin(self.last_step - self.first_step, done)
     self.show.say(
       f'trained: {", ".join(self.state.trainable)},'
       f' {count(self.state.trainable):,} parameters; frozen:'
@@ -280,6 +308,10 @@ class _Run:
       + ('' if resumed is None else f'; resumed after {done} steps')
     )
     self.show.say(reason)
+    if remark:
+      self.show.say(remark)
+    if not self.ended:
+      self.show.say('compiling the step')
 
   def take_steps(self, batches: batches_lib.Prefetch, stop) -> None:
     """Updates until the last step, or until the run is to end or to stop."""
@@ -392,12 +424,3 @@ def _on_host(array: jax.Array) -> np.ndarray | jax.Array:
   if array.is_fully_addressable or array.is_fully_replicated:
     return jax.device_get(array)
   return array
-
-
-@contextlib.contextmanager
-def _closing(*things):
-  """Closes all of them, whatever happens."""
-  with contextlib.ExitStack() as stack:
-    for thing in things:
-      stack.callback(thing.close)
-    yield

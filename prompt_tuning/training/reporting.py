@@ -95,20 +95,17 @@ def _can_write_events(folder: epath.Path) -> bool:
 class Progress:
   """One live line on a terminal, plain lines elsewhere."""
 
-  def __init__(
-    self,
-    total: int,
-    done: int = 0,
-    stream: TextIO | None = None,
-    silent: bool = False,
-  ):
-    """Expects `total` steps, of which `done` were done before this start."""
+  def __init__(self, stream: TextIO | None = None, silent: bool = False):
     self._silent = silent
     self._stream = stream or sys.stderr
+    self._live = False
+    self.begin(0)
+
+  def begin(self, total: int, done: int = 0) -> None:
+    """Expects `total` steps, of which `done` were done before this start."""
     self._total = total
     self._start_done = done
     self._start = time.monotonic()
-    self._live = False
 
   def update(self, done: int, metrics: Mapping[str, float]):
     """Shows steps done, the main metrics of training and the time left."""
@@ -129,6 +126,16 @@ class Progress:
     else:
       self._stream.write(line + '\n')
     self._stream.flush()
+
+  def count(self, done: int, total: int | None, what: str):
+    """Shows how far something without metrics is."""
+    if self._silent:
+      return
+    of = '' if total is None else f'/{total}'
+    if self._stream.isatty():
+      self._stream.write(f'\r{done}{of} {what}\x1b[K')
+      self._live = True
+      self._stream.flush()
 
   def say(self, text: str):
     """A line that stays."""

@@ -6,7 +6,11 @@ import os
 from typing import Any
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.training import identity
 from prompt_tuning.training.best import Best
+
+# How many differences of two runs are told one by one.
+_SHOWN = 6
 
 
 @dataclasses.dataclass
@@ -20,6 +24,9 @@ class RunRecord:
     task: the data's name, where they have one.
     feature_lengths: of the data.
     methods: {collection: settings} of all that is trained.
+    settings: all that decides the result (see `identity`).
+    versions: of the packages that compute it.
+    facts: what serving needs to know of the task.
     data_shards: parts that the data are read in.
     position: batches consumed.
     best: the best evaluation.
@@ -31,6 +38,9 @@ class RunRecord:
   task: str | None
   feature_lengths: dict[str, int]
   methods: dict[str, dict[str, Any]]
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  versions: dict[str, str] = dataclasses.field(default_factory=dict)
+  facts: dict[str, Any] = dataclasses.field(default_factory=dict)
   data_shards: int = 1
   position: int = 0
   best: Best = dataclasses.field(default_factory=Best)
@@ -41,25 +51,26 @@ class RunRecord:
     """This run, going on from the record of its checkpoint.
 
     Raises:
-      UserError: that is the record of another run.
+      UserError: that is the record of another run; all differences in a line.
     """
-    for name, here, there in (
-      ('seed', self.seed, saved['seed']),
-      (
-        'base (its fingerprint)',
-        self.base_fingerprint,
-        saved['base_fingerprint'],
+    same_code = saved.get('versions') == self.versions
+    found = [
+      *_of_all_versions(self, saved),
+      *identity.differences(
+        self.settings, saved.get('settings', {}), same_code
       ),
-      ('task', self.task, saved['task']),
-      *_differing_settings(self.methods, saved['methods']),
-      ('best_metric', self.best.metric, saved['best']['metric']),
-      ('best_mode', self.best.mode, saved['best']['mode']),
-    ):
-      if here != there:
-        raise UserError(
-          f'MODEL_DIR {model_dir} holds a run with another {name}: {there},'
-          f' this one has {here}; choose another MODEL_DIR'
-        )
+    ]
+    # What stands in several functions is told once.
+    told = list(
+      dict.fromkeys(f'{n}: {old}, this one has {new}' for n, new, old in found)
+    )
+    if told:
+      more = f'; and {len(told) - _SHOWN} more' if len(told) > _SHOWN else ''
+      raise UserError(
+        f'MODEL_DIR {model_dir} holds a run with another '
+        + '; another '.join(told[:_SHOWN])
+        + f'{more}; choose another MODEL_DIR, or give what it has'
+      )
     return dataclasses.replace(
       self,
       data_shards=saved['data_shards'],
@@ -68,14 +79,19 @@ class RunRecord:
     )
 
 
-def _differing_settings(here, there):
-  """(name, here, there) of the first difference of two runs' methods."""
-  if set(here) != set(there):
-    yield 'set of methods', sorted(here), sorted(there)
-    return
-  for collection, settings in here.items():
-    for name, value in settings.items():
-      # JSON has lists for tuples.
-      value = list(value) if isinstance(value, tuple) else value
-      saved = there[collection].get(name)
-      yield f'{collection} {name}', value, saved
+def _of_all_versions(record: RunRecord, saved: Mapping[str, Any]):
+  """(name, here, there) of what every version's checkpoints say."""
+  for name, here, there in (
+    ('seed', record.seed, saved['seed']),
+    (
+      'base (its fingerprint)',
+      record.base_fingerprint,
+      saved['base_fingerprint'],
+    ),
+    ('task', record.task, saved['task']),
+    ('best_metric', record.best.metric, saved['best']['metric']),
+    ('best_mode', record.best.mode, saved['best']['mode']),
+    ('set of methods', sorted(record.methods), sorted(saved['methods'])),
+  ):
+    if here != there:
+      yield name, here, there

@@ -1,8 +1,11 @@
 """What a run does before its first step: checks, variables, state, data."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
+import math
 import os
+import shutil
 from typing import Any
 
 from etils import epath
@@ -10,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import prompt_tuning
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
@@ -21,12 +25,16 @@ from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import batches as batches_lib
 from prompt_tuning.training import best as best_lib
 from prompt_tuning.training import hosts
+from prompt_tuning.training import identity
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
 from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import check_vocabulary
 from prompt_tuning.training.base import fingerprint
 from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.checkpoints import Checkpoints
+from prompt_tuning.training.evaluator import Evaluation
+from prompt_tuning.training.evaluator import Evaluator
 from prompt_tuning.training.mesh_choice import Partitioner
 from prompt_tuning.training.mesh_choice import Workload
 from prompt_tuning.training.run_record import RunRecord
@@ -67,13 +75,26 @@ def check_positive(**settings: int) -> None:
       raise UserError(f'{name} must be 1 or more, got {value}')
 
 
+def check_seed(seed: int) -> None:
+  """Raises UserError for a seed of which JAX would take the last bits."""
+  if not 0 <= seed < 2**32:
+    raise UserError(f'seed must be from 0 to {2**32 - 1}, got {seed}')
+
+
 def check(
   model: EncoderDecoderModel,
   data: batches_lib.TrainData,
   base: BaseCheckpoint | None,
   methods: Sequence[Method],
+  learning_rate: float | optimizers.Schedule,
 ) -> None:
   """Contradictions that would only show after minutes."""
+  if data.batch_size < 1:
+    raise UserError(f'BATCH_SIZE must be 1 or more, got {data.batch_size}')
+  if not callable(learning_rate) and not 0 <= learning_rate < math.inf:
+    raise UserError(
+      f'learning_rate must be 0 or more, and finite, got {learning_rate}'
+    )
   if not methods:
     raise UserError('methods is empty; give what to train, such as Prompt()')
   trains_base = any(m.collection == parameters.PARAMS for m in methods)
@@ -82,13 +103,44 @@ def check(
       'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
     )
   if data.vocabulary is not None:
-    size = load_vocabulary(data.vocabulary).size
-    if size > model.config.vocab_size:
+    vocabulary = load_vocabulary(data.vocabulary)
+    if vocabulary.size > model.config.vocab_size:
       raise UserError(
-        f'vocabulary {data.vocabulary} has {size} pieces, the model has'
-        f' vocab_size {model.config.vocab_size}; give the vocabulary that'
+        f'vocabulary {data.vocabulary} has {vocabulary.size} pieces, the model'
+        f' has vocab_size {model.config.vocab_size}; give the vocabulary that'
         ' the base was trained with'
       )
+    if base is not None:
+      check_vocabulary(vocabulary, base)
+
+
+def check_metric(
+  selection: best_lib.Selection, evaluators: Mapping[str, Any]
+) -> None:
+  """Raises UserError where no evaluation will have the metric to select by."""
+  names: set[str] = set()
+  for evaluator in evaluators.values():
+    if not isinstance(evaluator, Evaluator | Validation):
+      return  # one of the caller's own, who knows
+    names |= evaluator.metric_names()
+  best_lib.Best(selection.metric).require_among(names)
+
+
+def check_disk(model_dir: epath.Path, state: TrainState) -> None:
+  """Raises UserError where the disk has no room for two checkpoints.
+
+  One is kept until the next is complete.
+  """
+  if '://' in os.fspath(model_dir):
+    return
+  needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  free = shutil.disk_usage(model_dir).free
+  if free < needed:
+    raise UserError(
+      f'MODEL_DIR {model_dir} has {free / 2**30:.2f} GiB free, two checkpoints'
+      f' of this run take {needed / 2**30:.2f}: free the disk or choose another'
+      ' MODEL_DIR'
+    )
 
 
 def last_step(
@@ -190,8 +242,22 @@ def run_record(
   seed: int,
   selection: best_lib.Selection,
   layout: partitioning.Layout,
+  **settings: Any,
 ) -> RunRecord:
-  """The record of a run that begins."""
+  """The record of a run that begins; `settings` are further ones of `train`."""
+  facts: dict[str, Any] = {}
+  digests: dict[str, Any] = {'batch size': data.batch_size}
+  if isinstance(data, batches_lib.Described):
+    facts = dict(data.facts())
+    digests |= {'data': data, 'data files': data.digest()}
+  if data.vocabulary is not None:
+    vocabulary = load_vocabulary(data.vocabulary)
+    facts['vocabulary'] = data.vocabulary
+    facts['vocabulary_digest'] = digests['vocabulary'] = vocabulary.digest
+  evaluation = settings.get('evaluation')
+  if isinstance(evaluation, Evaluation):
+    digests['evaluation files'] = evaluation.task.digest(evaluation.split)
+  methods = {method.collection: method for method in model.methods}
   return RunRecord(
     seed=seed,
     base=base.path if base is not None else 'random parameters',
@@ -202,7 +268,21 @@ def run_record(
     ),
     task=data.name,
     feature_lengths=dict(data.feature_lengths),
-    methods={method.collection: method.settings() for method in model.methods},
+    methods={name: method.settings() for name, method in methods.items()},
+    settings=identity.describe(
+      {
+        'model': dataclasses.replace(model, methods=()),
+        'methods': methods,
+        **settings,
+        **digests,
+      }
+    ),
+    versions={
+      'prompt_tuning': prompt_tuning.__version__,
+      'jax': jax.__version__,
+      'optax': optax.__version__,
+    },
+    facts=facts,
     data_shards=data.num_shards or layout.reading_parts(data.batch_size),
     best=best_lib.Best(selection.metric, selection.mode),
   )
@@ -292,7 +372,7 @@ def resumed_step(
   checkpoints: Checkpoints, model_dir: str | os.PathLike
 ) -> int | None:
   """The checkpoint to go on from, the same one in all processes."""
-  resumed = checkpoints.latest_step()
+  resumed = checkpoints.newest_unchanged_step()
   # Nobody goes on, and writes, before all have looked.
   found = -1 if resumed is None else resumed
   if hosts.agree(found) != found:

@@ -29,7 +29,7 @@ from prompt_tuning.training.checkpoints import MANIFEST
 from prompt_tuning.training.checkpoints import Checkpoints
 
 # Facts that are not text; safetensors stores text alone.
-_NUMBERS = {
+_KINDS = {
   'num_prompts': int,
   'prompt_length': int,
   'embed': int,
@@ -37,6 +37,8 @@ _NUMBERS = {
   'inputs_length': int,
   'targets_length': int,
   'metric_value': float,
+  'labels': json.loads,
+  'target_sentinel': lambda text: text == 'True',
 }
 # What a checkpoint remembers of its run that a file repeats.
 _OF_RUN = ('base', 'base_fingerprint', 'task', 'seed')
@@ -120,6 +122,8 @@ def save_trained(
     'jax_version': jax.__version__,
   }
   facts.pop('source', None)
+  if labels := facts.get('labels'):
+    facts['labels'] = json.dumps(labels, ensure_ascii=False)
   file = folder / f'{stem(method)}{tensor_files.ENDING}'
   written = [
     tensor_files.write(file, arrays, facts, dtype if trained.is_base else None)
@@ -152,7 +156,7 @@ def load_file(file: str | os.PathLike) -> Trained:
       f'{file} is of method {name!r}, which this version does not have'
     )
   try:
-    facts = {k: _NUMBERS.get(k, str)(v) for k, v in texts.items()}
+    facts = {k: _KINDS.get(k, str)(v) for k, v in texts.items()}
     settings = json.loads(facts.pop('settings', '{}'))
     facts.pop('method', None)
     method, arrays = kind.from_file(arrays, settings, facts)
@@ -201,6 +205,7 @@ def of_run(
   lengths = extra.get('feature_lengths') or {}
   facts = {name: extra.get(name) for name in _OF_RUN}
   facts |= {f'{name}_length': length for name, length in lengths.items()}
+  facts |= extra.get('facts', {})
   facts |= _metric(checkpoints.metrics(step), extra)
   facts |= {'step': step, 'source': str(model_dir)}
   found = []
@@ -235,6 +240,7 @@ def export(
   output_dir: str | os.PathLike,
   step: int | None = None,
   dtype: str = 'float32',
+  overwrite: bool = False,
 ) -> dict[str, Any]:
   """Writes what a run trained: the files of each of its methods.
 
@@ -243,13 +249,17 @@ def export(
     output_dir: gets the files.
     step: see `of_run`.
     dtype: of a model's file, 'float32' or 'bfloat16'. Others are float32.
+    overwrite: files that are there may be replaced.
 
   Returns:
     {'step', 'files', 'shapes': {array: shape}}; of a model no shapes.
 
   Raises:
-    UserError: no such run or checkpoint.
+    UserError: no such run or checkpoint, or the folder holds files.
   """
+  files.check_output(
+    output_dir, [model_dir], overwrite=overwrite, what='EXPORT_DIR'
+  )
   found = of_run(model_dir, step)
   if not found:
     raise UserError(

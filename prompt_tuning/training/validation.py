@@ -45,6 +45,10 @@ class Validation:
       out_shardings=layout.replicated,
     )
 
+  def metric_names(self) -> set[str]:
+    """The names of `evaluate`'s metrics."""
+    return {'validation/loss', 'validation/accuracy'}
+
   def evaluate(
     self, variables: Mapping[str, Any], step: int
   ) -> dict[str, float]:

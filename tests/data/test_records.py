@@ -5,8 +5,10 @@ import io
 import pytest
 
 from prompt_tuning.data.records import format_of
+from prompt_tuning.data.records import label_ids
 from prompt_tuning.data.records import read_records
 from prompt_tuning.data.records import read_rows
+from prompt_tuning.data.templates import Template
 from prompt_tuning.errors import UserError
 
 
@@ -14,9 +16,11 @@ def read(lines, input_format, columns=None):
   return list(read_records(lines, input_format, 'f', columns))
 
 
-def test_lines_of_three_formats_become_records():
+def test_lines_of_four_formats_become_records():
+  # Every line of a text is one: predictions stand in the lines of their texts.
   assert read(['a b\r\n', '\n', ' c'], 'text') == [
     ('f:1', {'text': 'a b'}),
+    ('f:2', {'text': ''}),
     ('f:3', {'text': ' c'}),
   ]
   assert read(['{"q": "a", "n": 1}\n'], 'jsonl') == [
@@ -24,6 +28,9 @@ def test_lines_of_three_formats_become_records():
   ]
   assert read(['q\tp\n', 'a\tb\n'], 'tsv') == [('f:2', {'q': 'a', 'p': 'b'})]
   assert read(['a\tb'], 'tsv', ['q', 'p']) == [('f:1', {'q': 'a', 'p': 'b'})]
+  assert read(['q,p\n', '\n', '"a, b",c\n'], 'csv') == [
+    ('f:3', {'q': 'a, b', 'p': 'c'})
+  ]
 
 
 @pytest.mark.parametrize(
@@ -31,8 +38,11 @@ def test_lines_of_three_formats_become_records():
   [
     ('{"a"', 'jsonl', 'f:2 is not JSON'),
     ('[1]', 'jsonl', 'f:2 is not a JSON object'),
-    ('a\tb\tc', 'tsv', 'f:2 has 3 columns, needs 1: q'),
-    ('a', 'csv', 'must be jsonl, tsv or text, got csv'),
+    ('{"a": NaN}', 'jsonl', 'f:2 has NaN, which is no JSON; write null'),
+    ('{"a": 1, "a": 2}', 'jsonl', "f:2 has the field 'a' 2 times"),
+    ('[' * 99999, 'jsonl', 'f:2 is not JSON'),
+    ('a\tb\tc', 'tsv', r'f:2: a row must have 1 cells \(q\), got 3'),
+    ('a', 'xml', 'must be jsonl, tsv, csv, text, got xml'),
   ],
 )
 def test_a_line_that_is_no_record_is_named(line, input_format, said):
@@ -48,11 +58,12 @@ def test_lines_that_are_not_utf_8_are_named():
 
 
 def test_a_files_ending_tells_its_format():
-  names = ('a.jsonl', 'a.JSON', 'b/c.tsv', 'a.txt', '-')
+  names = ('a.jsonl', 'a.JSON', 'b/c.tsv', 'a.csv', 'a.txt', '-')
   assert [format_of(name) for name in names] == [
     'jsonl',
     'jsonl',
     'tsv',
+    'csv',
     'text',
     'text',
   ]
@@ -117,3 +128,80 @@ def test_a_fault_names_its_file_and_line(tmp_path, name, content, message):
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(UserError, match='none.csv: cannot be read'):
     read_rows(tmp_path / 'none.csv')
+
+
+def test_a_column_is_named_once_and_a_cell_may_be_long(tmp_path):
+  path = write(tmp_path, 'r.csv', 'text,text\na,b\n')
+  with pytest.raises(UserError, match=r"the column 'text' 2 times"):
+    read_rows(path)
+  path = write(tmp_path, 'long.csv', f'text,label\n{"a" * 200_000},x\n')
+  assert len(read_rows(path)[0][1]['text']) == 200_000
+
+
+LABELS = ('1', '2', '3', '4', '5')
+
+
+@pytest.mark.parametrize(
+  ('values', 'expected'),
+  [
+    (['1', '5'], [0, 4]),
+    ([0, 4, 1], [0, 4, 1]),  # 0 is no label: so all are positions
+    (['1', '2'], [0, 1]),
+  ],
+)
+def test_labels_of_a_file_are_words_or_positions_and_never_both(
+  caplog, values, expected
+):
+  placed = [(f'f:{i}', value) for i, value in enumerate(values)]
+  assert label_ids(placed, LABELS) == expected
+  said = caplog.text
+  if '5' in values:
+    assert not said
+  else:
+    assert ('as positions' if 0 in values else 'as words') in said
+
+
+def test_words_beside_positions_and_unknown_labels_are_named():
+  with pytest.raises(UserError, match='has a label as its word, .bad., and'):
+    label_ids([('f:1', 'bad'), ('f:2', 1)], ('bad', 'good'))
+  with pytest.raises(UserError, match="f:2: unknown label '5'"):
+    label_ids([('f:1', '0'), ('f:2', '5')], LABELS[:2])
+
+
+@pytest.mark.parametrize(
+  ('value', 'said'),
+  [
+    (None, "f:1: the field 'text' is null"),
+    ({'a': 1}, "the field 'text' is {'a': 1}"),
+    (float('nan'), "the field 'text' is nan"),
+    ('\ud800', 'half of a character'),
+  ],
+)
+def test_a_field_that_is_no_text_is_named(value, said):
+  with pytest.raises(UserError, match=said):
+    Template('review: {text}').fill({'text': value}, 'f:1')
+
+
+def test_a_template_writes_fields_as_they_are():
+  template = Template('{{{a}}} {b} {a}')
+  assert template.fields == ('a', 'b')
+  assert template.fill({'a': 1, 'b': 'x {a}', 'c': None}, 'f') == '{1} x {a} 1'
+
+
+@pytest.mark.parametrize(
+  'pattern',
+  [
+    '{text',
+    '{text:d}',
+    '{text!q}',
+    '{text:>9999999999}',
+    '{a.b}',
+    '{}',
+    'a',
+    5,
+  ],
+)
+def test_a_template_has_names_alone_in_braces(pattern):
+  with pytest.raises(UserError, match='template') as caught:
+    Template(pattern)
+  assert '\n' not in str(caught.value)

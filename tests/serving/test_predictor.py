@@ -1,6 +1,11 @@
 """Predictions for texts: batching, labels, files."""
 
+import io
 import json
+import os
+import pathlib
+import stat
+import threading
 
 import jax
 import numpy as np
@@ -16,6 +21,7 @@ from prompt_tuning.serving import jobs
 from prompt_tuning.serving.loading import Loaded
 from prompt_tuning.serving.predictor import Predictor
 from prompt_tuning.training import partitioning
+from prompt_tuning.training.trained import Trained
 
 VOCAB = 64
 CONFIG = network.T5Config(
@@ -32,21 +38,24 @@ TEXTS = ['ab', 'a longer text of many letters', 'c', 'dd ee']
 
 
 class Letters:
-  """A letter an id, from 3 on."""
+  """A small letter, a digit or one of a few signs an id, from 3 on."""
 
   size = VOCAB
   eos_id = 1
   pad_id = 0
   path = 'letters'
+  digest = 'of letters'
+  signs = ' abcdefghijklmnopqrstuvwxyz0123456789:.,?'
 
   def encode(self, text):
-    return [3 + ord(letter) % 60 for letter in text]
+    return [3 + self.signs.index(letter) for letter in text]
 
   def decode(self, ids):
     ids = list(ids)
     if 1 in ids:
       ids = ids[: ids.index(1)]
-    return ' '.join(str(i) for i in ids if i)
+    signs = self.signs.ljust(VOCAB, '_')
+    return ''.join(signs[i - 3] for i in ids if i >= 3)
 
 
 @pytest.fixture(scope='module')
@@ -201,12 +210,17 @@ def infer(model, loaded, monkeypatch):
 
 
 def test_a_file_gives_a_line_of_json_for_each_record(infer, tmp_path):
-  source = write_lines(tmp_path / 'a.jsonl', [{'q': 'ab'}, {'q': 'cd'}])
+  rows = [{'id': 7, 'q': 'ab'}, {'id': 3, 'q': 'cd', 'score': 'mine'}]
+  source = write_lines(tmp_path / 'a.jsonl', rows)
   target = tmp_path / 'new' / 'out.jsonl'
   result = infer(source, target, template='question: {q}')
-  assert result == {'examples': 2}
+  assert result == {'examples': 2, 'cut': 0, 'output': str(target)}
   lines = [json.loads(line) for line in target.read_text().splitlines()]
   assert [line['input'] for line in lines] == ['question: ab', 'question: cd']
+  # A record's own fields stay beside ours.
+  assert [line['id'] for line in lines] == [7, 3]
+  assert lines[1]['score_given'] == 'mine'
+  assert isinstance(lines[1]['score'], float)
 
 
 def test_a_fault_in_the_middle_leaves_the_earlier_output(infer, tmp_path):
@@ -215,7 +229,7 @@ def test_a_fault_in_the_middle_leaves_the_earlier_output(infer, tmp_path):
   target = tmp_path / 'out.jsonl'
   target.write_text('earlier\n')
   with pytest.raises(UserError, match='a.jsonl:4 has no field text.*other'):
-    infer(source, target, batch_size=2)
+    infer(source, target, batch_size=2, overwrite=True)
   assert target.read_text() == 'earlier\n'
 
 
@@ -225,7 +239,7 @@ def test_a_fault_in_the_middle_leaves_the_earlier_output(infer, tmp_path):
     ({'template': 'no field'}, 'names of fields in braces'),
     ({'template': '{text'}, 'is not valid'),
     ({'template': '{}'}, 'names of fields in braces'),
-    ({'input_format': 'csv'}, 'jsonl, tsv or text'),
+    ({'input_format': 'xml'}, 'jsonl, tsv, csv, text'),
   ],
 )
 def test_faults_of_the_template_and_format_are_told(
@@ -240,6 +254,127 @@ def test_faults_of_the_template_and_format_are_told(
 def test_a_missing_or_empty_input_is_told(infer, tmp_path):
   with pytest.raises(UserError, match='none.txt cannot be read'):
     infer(str(tmp_path / 'none.txt'), tmp_path / 'out')
-  (tmp_path / 'empty.txt').write_text('\n')
+  (tmp_path / 'empty.txt').write_text('')
   with pytest.raises(UserError, match='empty.txt has no records'):
     infer(str(tmp_path / 'empty.txt'), tmp_path / 'out')
+
+
+def test_a_result_an_input_or_a_folder_is_not_written_over(
+  infer, tmp_path, tmp_path_factory
+):
+  source = write_lines(tmp_path / 'a.jsonl', [{'text': 'ab'}])
+  target = tmp_path / 'out.jsonl'
+  theirs = tmp_path / 'out.jsonl.partial'
+  theirs.write_text('mine')
+  infer(source, target)
+  first = target.read_text()
+  assert theirs.read_text() == 'mine'
+  with pytest.raises(UserError, match='out.jsonl exists: .*overwrite'):
+    infer(source, target)
+  infer(source, target, overwrite=True)
+  assert target.read_text() == first
+  link = tmp_path / 'link'
+  link.symlink_to(source)
+  for path in (source, link):
+    with pytest.raises(UserError, match='would be written over .*a.jsonl'):
+      infer(source, path, overwrite=True)
+  other = tmp_path_factory.mktemp('other')
+  write_lines(other / 'a.jsonl', [{'text': 'ab'}])
+  with pytest.raises(UserError, match='is a folder'):
+    infer(str(other / 'a.jsonl'), tmp_path, overwrite=True)
+
+
+def test_a_device_and_a_link_stay_what_they_are(infer, tmp_path):
+  source = write_lines(tmp_path / 'a.jsonl', [{'text': 'ab'}])
+  infer(source, '/dev/null')
+  assert not pathlib.Path('/dev/null').is_file()
+  target, link = tmp_path / 'there.jsonl', tmp_path / 'link'
+  link.symlink_to(target)
+  infer(source, link)
+  assert link.is_symlink() and target.read_text()
+  pipe = tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  read = []
+  reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+  reader.start()
+  infer(source, pipe)
+  reader.join()
+  assert read == [target.read_text()]
+  assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_every_line_of_a_text_has_its_prediction(infer, tmp_path):
+  (tmp_path / 'a.txt').write_text('ab\n\ncd\n')
+  infer(str(tmp_path / 'a.txt'), tmp_path / 'out')
+  lines = (tmp_path / 'out').read_text().splitlines()
+  assert [json.loads(line)['input'] for line in lines] == ['ab', '', 'cd']
+
+
+def test_texts_that_are_cut_are_counted_and_told(infer, tmp_path, caplog):
+  rows = [{'text': 'ab'}, {'text': 'a' * 40}]
+  source = write_lines(tmp_path / 'a.jsonl', rows)
+  result = infer(source, tmp_path / 'out', inputs_length=16)
+  assert result['cut'] == 1
+  assert '1 of 2 texts are longer than inputs_length 16' in caplog.text
+  lines = (tmp_path / 'out').read_text().splitlines()
+  assert [json.loads(line).get('cut') for line in lines] == [None, 25]
+
+
+@pytest.mark.parametrize(
+  'format_, text', [('csv', 'q,n\n"a, b",1\n'), ('tsv', 'q\tn\na, b\t1\n')]
+)
+def test_tables_are_read_as_what_they_are(infer, tmp_path, format_, text):
+  source = tmp_path / f'a.{format_}'
+  source.write_text(text)
+  infer(str(source), tmp_path / 'out', template='{q}')
+  (line,) = (tmp_path / 'out').read_text().splitlines()
+  assert json.loads(line)['input'] == 'a, b' and json.loads(line)['n'] == '1'
+
+
+def test_json_lines_on_stdin_are_read_as_such(infer, tmp_path, monkeypatch):
+  monkeypatch.setattr('sys.stdin', io.StringIO('{"text": "ab", "id": 1}\n'))
+  infer('-', tmp_path / 'out')
+  (line,) = (tmp_path / 'out').read_text().splitlines()
+  assert json.loads(line)['input'] == 'ab' and json.loads(line)['id'] == 1
+
+
+def trained_with(**facts):
+  return (Trained(Prompt(3), {}, facts),)
+
+
+def test_what_the_training_says_holds_for_inference(
+  infer, tmp_path, capsys, monkeypatch
+):
+  told = trained_with(
+    template='review: {sentence}', labels=['a', 'b'], inputs_length=32
+  )
+  source = tmp_path / 'a.txt'
+  source.write_text('ab\n')
+  infer(str(source), tmp_path / 'out', trained=told, rank=True)
+  (line,) = (tmp_path / 'out').read_text().splitlines()
+  assert json.loads(line)['input'] == 'review: ab'
+  assert set(json.loads(line)['scores']) == {'a', 'b'}
+  assert 'note' not in capsys.readouterr().err
+  infer(str(source), tmp_path / 'other', trained=told, template='{text}')
+  said = capsys.readouterr().err
+  assert (
+    "trained with template 'review: {sentence}', asked for '{text}'" in said
+  )
+  with pytest.raises(UserError, match='training named none'):
+    infer(str(source), tmp_path / 'third', rank=True)
+
+
+def test_a_sentinel_of_the_training_is_put_and_taken_off(loaded):
+  class Sentinels(Letters):
+    def sentinel(self, number):
+      return VOCAB - 1 - number
+
+    def decode(self, ids):
+      text = super().decode([i for i in ids if i != VOCAB - 1])
+      return '<extra_id_0> ' + text
+
+  made = Predictor(
+    loaded, Sentinels(), targets_length=3, batch_size=1, target_sentinel=True
+  )
+  assert made._targets(['ab']).tolist() == [[VOCAB - 1, 4, 5, 1]]
+  assert not made.predict(['ab'])[0].startswith('<extra')

@@ -290,3 +290,31 @@ def test_manifest_is_plain_json(tmp_path):
     'shape': [1, 5, 32],
     'dtype': 'float32',
   }
+
+
+def test_a_flipped_bit_is_noticed_and_the_older_checkpoint_taken(
+  tmp_path, caplog
+):
+  with Checkpoints(tmp_path) as saved:
+    for step in (3, 5):
+      saved.save(step, prompt_state(step=step), {'seed': 0})
+  largest = max(
+    (path for path in (tmp_path / '5' / 'state').rglob('*') if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+  damaged = bytearray(largest.read_bytes())
+  damaged[len(damaged) // 2] ^= 1
+  largest.write_bytes(damaged)
+  again = Checkpoints(tmp_path, read_only=True)
+  assert again.newest_unchanged_step() == 3
+  assert '5: its contents have changed' in caplog.text
+  for read in (again.trained, lambda step: again.restore(step, prompt_state())):
+    with pytest.raises(UserError, match=r'contents have changed .*\[3\]'):
+      read(5)
+
+
+@pytest.mark.parametrize('text', ['{}', '[]', '{"files": []}', '{"files": {}}'])
+def test_a_manifest_of_another_kind_is_no_checkpoint(tmp_path, text):
+  (tmp_path / '3').mkdir()
+  (tmp_path / '3' / 'manifest.json').write_text(text)
+  assert Checkpoints(tmp_path, read_only=True).steps() == []

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: what they learn, keep, resume and refuse."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -341,8 +343,8 @@ def test_any_optax_optimiser_trains_with_a_schedule(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
   tmp_path,
 ):
-  run(tmp_path, 4)
-  explode = lambda step: np.float32(1e38)
+  explode = lambda step: jnp.where(step < 4, 0.3, 1e38)
+  run(tmp_path, 4, learning_rate=explode)
   with pytest.raises(UserError, match=r'not finite at step .*1004 is kept'):
     run(tmp_path, 30, learning_rate=explode)
   kept = checkpoints.Checkpoints(tmp_path / 'checkpoints', read_only=True)
@@ -396,6 +398,23 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     run(tmp_path, 4, seed=1)
   with pytest.raises(UserError, match='another prompt length: 3, this one'):
     run(tmp_path, 4, methods=(Prompt(5, 1, uniform()),))
+  adamw = functools.partial(optax.adamw, weight_decay=0.5)
+  with pytest.raises(UserError) as caught:
+    run(
+      tmp_path,
+      2,  # finished: nothing old comes back as new
+      learning_rate=0.1,
+      optimizer=adamw,
+      methods=(Prompt(3, 1, uniform(high=0.7)),),
+    )
+  assert str(caught.value) == (
+    f'MODEL_DIR {tmp_path} holds a run with another learning_rate: 0.3, this'
+    ' one has 0.1; another prompt initializer high: 0.5, this one has 0.7;'
+    ' another optimizer: adafactor, this one has chain; choose another'
+    ' MODEL_DIR, or give what it has'
+  )
+  longer = run(tmp_path, 4, log_period=1, checkpoint_period=1)
+  assert longer.step == 1004
 
 
 def test_a_prompts_checkpoint_is_small(tmp_path):
