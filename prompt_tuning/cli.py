@@ -4,13 +4,17 @@
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import inspect
 import json
 import os
+import signal
 import sys
+import tempfile
+import threading
+import traceback
 from typing import Any
 
 import prompt_tuning
@@ -84,6 +88,8 @@ Usage: prompt-tuning COMMAND FILE ... NAME=VALUE ...
 {}
 
 prompt-tuning COMMAND --help shows an example."""
+# sysexits.h: an internal fault of the program.
+_BUG = 70
 _JOB_FLAGS = ('--coordinator_address', '--num_processes', '--process_id')
 _FLAGS = ('--gin_file', '--gin_search_paths', '--allow_import', *_JOB_FLAGS)
 _FLAGS_HELP = """\
@@ -96,7 +102,7 @@ Words and flags:
   --gin_file=FILE --gin.NAME=VALUE --gin_search_paths=A,B
                     as in T5X: the value is gin, a text keeps its quotes
   --allow_import=MODULE
-                    a module that a run's config.gin may import
+                    a module that gin files, a run's too, may import
   --coordinator_address=HOST:PORT --num_processes=N --process_id=I
                     of a train, eval or infer over several processes; TPU
                     pods, Slurm and MPI need none of them
@@ -210,21 +216,64 @@ def call(name: str, arguments: Sequence[str]) -> Any:
   return result if not command.over_processes or hosts.is_primary() else None
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
-  """The exit code of a command that gin configures, its result printed."""
+def _guarded(work: Callable[[], int], fault: int = 1) -> int:
+  """The exit code of some work, whose faults are one line each.
+
+  Args:
+    work: prints, and returns its exit code.
+    fault: the code for one of data, paths or shapes.
+  """
   try:
-    result = call(name, arguments)
+    with _stopped_by_a_signal():
+      code = work()
+      sys.stdout.flush()
+      return code
+  except BrokenPipeError:  # `| head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
   except (errors.UserError, OSError) as error:
     # gin appends lines that name the configurable; ours is the first.
     print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
-    code = 2 if isinstance(error, ConfigurationError) else 1
+    code = 2 if isinstance(error, ConfigurationError) else fault
     return getattr(error, 'EXIT_CODE', code)
   except KeyboardInterrupt:
     print('error: interrupted', file=sys.stderr)
     return 130
-  if isinstance(result, dict):
-    print(json.dumps(result, default=float))
-  return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_a_signal() -> Iterator[None]:
+  """Lets SIGTERM end the work as other faults do, and not in its middle.
+
+  What is written beside goes away, and a line says so. Training, which saves
+  first, has a handler of its own (`training.hosts.StopSignal`).
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(number, frame):
+    raise errors.RestartError(
+      'stopped by SIGTERM; the same command starts again'
+    )
+
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+  """The exit code of a command that gin configures, its result printed."""
+
+  def work() -> int:
+    result = call(name, arguments)
+    if isinstance(result, dict):
+      print(json.dumps(result, default=float))
+    return 0
+
+  return _guarded(work)
 
 
 def _configured(name: str, arguments: Sequence[str]) -> int:
@@ -235,6 +284,8 @@ def _configured(name: str, arguments: Sequence[str]) -> int:
     print(_FLAGS_HELP)
     return 0 if arguments else 2
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  # The libraries take seconds to load, on a busy machine minutes.
+  print(f'prompt-tuning {name}: loading libraries', file=sys.stderr, flush=True)
   if not CONFIGURED[name].over_processes:
     return _run(name, arguments)
   from prompt_tuning.training import hosts
@@ -286,12 +337,18 @@ def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
     prompt-tuning inspect t5_1_1_mini
     prompt-tuning inspect runs/bbc/prompt runs/other/prompt
 
-  Prints parameters, shapes, types, norms, step and metadata; of several
-  prompts also the cosine of their rows.
+  Prints a summary with step and metadata; of several prompts also the cosine
+  of their rows.
   """
   from prompt_tuning.interop import conversion
 
   parser.add_argument('paths', nargs='+', metavar='PATH')
+  parser.add_argument(
+    '--arrays',
+    action='store_true',
+    dest='all_arrays',
+    help='shape, type and norm of each array too',
+  )
   return conversion.inspect(**vars(parser.parse_args(arguments)))
 
 
@@ -320,24 +377,49 @@ def _of_files(name: str, arguments: Sequence[str]) -> int:
     description=inspect.cleandoc(_OF_FILES[name].__doc__),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  try:
+
+  def work() -> int:
     lines = list(_OF_FILES[name](parser, arguments))
-  except errors.UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2 if name == 'diff' else 1
-  print(*lines, sep='\n', end='\n' if lines else '')
-  return int(name == 'diff' and bool(lines))
+    print(*lines, sep='\n', end='\n' if lines else '')
+    return int(name == 'diff' and bool(lines))
+
+  # Of diff 1 says that they differ.
+  return _guarded(work, fault=2 if name == 'diff' else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command named first with the arguments after it.
 
+  Args:
+    arguments: None takes the shell's; then a bug of ours is a line too, and
+      its traceback in a file.
+
   Returns:
     The exit code: 0; 1 for a fault of data, paths or shapes; 2 for one of
-    usage or gin; 75 where the same command goes on: the run was asked to stop,
-    or another process of its job was lost; 130 where it was interrupted.
+    usage or gin; 70 for a bug; 75 where the same command goes on: the run was
+    asked to stop, or another process of its job was lost; 130 where it was
+    interrupted.
   """
-  command, *rest = (sys.argv[1:] if arguments is None else arguments) or ['']
+  if arguments is not None:
+    return _main(arguments)
+  try:
+    return _main(sys.argv[1:])
+  except Exception as error:
+    said = (str(error).splitlines() or [''])[0][:200]
+    with tempfile.NamedTemporaryFile(
+      'w', prefix='prompt_tuning_', suffix='.txt', delete=False
+    ) as file:
+      traceback.print_exc(file=file)
+    print(
+      f'error: {type(error).__name__}: {said} (a fault of prompt_tuning'
+      f' {prompt_tuning.__version__}; {file.name} says where)',
+      file=sys.stderr,
+    )
+    return _BUG
+
+
+def _main(arguments: Sequence[str]) -> int:
+  command, *rest = arguments or ['']
   if command in ('', '--help', '-h', 'help'):
     commands = [f'  {name:8}{text}' for name, text in COMMANDS.items()]
     print(_HELP.format(prompt_tuning.__version__, '\n'.join(commands)))

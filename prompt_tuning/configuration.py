@@ -73,7 +73,10 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
     # What a run bound may be another command's, or an older version's.
     if binding.level[0] != gin_files.RUN_CONFIG:
       _check_names(binding)
-  usage = _Usage(function, gin_files.holding(found))
+  held = gin_files.holding(found)
+  trusted = gin_files.trusted_modules(found, request.allowed_imports)
+  gin_files.check_modules(held, trusted)
+  usage = _Usage(function, held)
   # What is typed may cut off what a file binds: `train.evaluation=None` leaves
   # Evaluation without a user, which is no fault of the file.
   files = [b for b in found if b.level[0] != gin_files.TYPED]
@@ -131,6 +134,7 @@ class _Usage:
     self.missing: dict[str, str] = {}
     self.faults: list[str] = []
     self._visited: set[tuple] = set()
+    self._open: list[str] = []  # macros that are being followed
     self._visit([function], called=True, by='')
 
   def check(self, excused: set[str]) -> None:
@@ -199,13 +203,20 @@ class _Usage:
       if reference.startswith('@'):
         path = path if len(path) > 1 else [*scopes, *path]
         self._visit(path, reference.endswith('()'), f'{binding.where}: ')
+      elif macro in self._open:
+        raise ConfigurationError(
+          f'{self.macros[macro].where}: %{macro} leads back to itself, by way'
+          f' of {", ".join(f"%{name}" for name in self._open)}'
+        )
       elif macro not in self.macros:
         self.missing.setdefault(macro, f'{binding} ({binding.where})')
       elif macro not in self.used:
         self.used.add(macro)
         _check_names(self.macros[macro])
         # gin evaluates a macro's value in the scope of the macro's name.
+        self._open.append(macro)
         self._follow(self.macros[macro], path)
+        self._open.pop()
 
   def _check_type(self, binding: Binding, hint: Any) -> None:
     origin = binding

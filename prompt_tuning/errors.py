@@ -6,7 +6,8 @@ class UserError(Exception):
 
   The message is one line: what was required, what came, and what to do, in
   the names the user typed. The mains print it and exit with code 1; anything
-  else that reaches them is a bug of ours and keeps its traceback.
+  else that reaches them is a bug of ours, code 70, with its traceback in a
+  file.
   """
 
 

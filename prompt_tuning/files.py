@@ -1,7 +1,8 @@
-"""The one way in which this package writes a file: beside, then renamed.
+"""Where a path leads, and the one way to write a file: beside, then renamed.
 
-What a command writes is looked at before it begins (`check_output`): nothing
-that it reads is written over, and a result only where `overwrite` says so.
+Every path that a user gives goes through `place`. What a command writes is
+looked at before it begins (`check_output`): nothing that it reads is written
+over, and a result only where `overwrite` says so.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,9 @@ import errno
 import os
 import pathlib
 import secrets
+import select
+import threading
+import time
 from typing import IO
 
 from etils import epath
@@ -17,6 +21,84 @@ from etils import epath
 from prompt_tuning.errors import UserError
 
 UNFINISHED = '.unfinished'
+
+# Seconds in which a bucket, or whoever is at the other end of a pipe, must
+# answer.
+PATIENCE = 30
+
+
+def place(path: str | os.PathLike) -> epath.Path:
+  """A path as the user meant it: `~` is the home folder, gs:// a bucket.
+
+  Raises:
+    UserError: it is no path, in no place that can be reached, or a bucket that
+      does not answer.
+  """
+  if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+    raise UserError(f'a path is needed, got {path!r}')
+  name = os.fspath(path)
+  if '\0' in name:
+    raise UserError(f'{name!r} is no path: it has a zero byte')
+  scheme, slashes, _ = name.partition('://')
+  if not slashes:
+    return epath.Path(os.path.expanduser(name))
+  if scheme != 'gs':
+    raise UserError(
+      f'{name}: {scheme}:// cannot be read or written; copy it to this machine'
+      ' or to a bucket (gs://)'
+    )
+  _require_answer(name)
+  return epath.Path(name)
+
+
+_answering: set[str] = set()
+
+
+def _require_answer(name: str) -> None:
+  """UserError for a bucket from which nothing is heard."""
+  bucket = '/'.join(name.split('/')[:3])
+  if bucket in _answering:
+    return
+  faults: list[Exception] = []
+
+  def ask() -> None:
+    try:
+      epath.Path(name).exists()
+    except Exception as error:  # its library has kinds of its own
+      faults.append(error)
+
+  # TensorFlow tries for minutes to find credentials: not in this thread.
+  asking = threading.Thread(target=ask, daemon=True)
+  asking.start()
+  asking.join(PATIENCE)
+  if asking.is_alive() or faults:
+    said = reason(faults[0]) if faults else f'no answer in {PATIENCE} s'
+    raise UserError(
+      f'{bucket} cannot be reached ({said}): look at its name, the network and'
+      ' your credentials (gcloud auth application-default login)'
+    )
+  _answering.add(bucket)
+
+
+def is_pipe(path: str | os.PathLike) -> bool:
+  """Whether it is a named pipe."""
+  return '://' not in os.fspath(path) and pathlib.Path(path).is_fifo()
+
+
+def open_pipe(path: str | os.PathLike, mode: str) -> IO:
+  """Opens a named pipe, 'r' or 'w', if somebody is at its other end in time."""
+  flags = os.O_RDONLY if mode == 'r' else os.O_WRONLY
+  for _ in range(10 * PATIENCE):
+    with contextlib.suppress(OSError):  # nobody reads
+      descriptor = os.open(path, flags | os.O_NONBLOCK)
+      heard = mode == 'w' or select.select([descriptor], [], [], 0.1)[0]
+      if heard:
+        os.set_blocking(descriptor, True)
+        return os.fdopen(descriptor, mode, encoding='utf-8')
+      os.close(descriptor)
+    time.sleep(0.1)
+  other = 'writes to' if mode == 'r' else 'reads from'
+  raise UserError(f'nobody {other} the pipe {path} ({PATIENCE} s)')
 
 
 def check_output(
@@ -35,7 +117,7 @@ def check_output(
     overwrite: a file that is there, or files in the folder, may be replaced.
     what: names it in messages.
   """
-  path = epath.Path(path).expanduser()
+  path = place(path)
   local = '://' not in os.fspath(path)
   if local:
     path = pathlib.Path(os.path.realpath(path))
@@ -78,7 +160,7 @@ def beside(path: str | os.PathLike) -> Iterator[epath.Path]:
   Raises:
     OSError: it cannot be written.
   """
-  path = epath.Path(path).expanduser()
+  path = place(path)
   if '://' not in os.fspath(path):
     path = epath.Path(os.path.realpath(path))
     if path.exists() and not pathlib.Path(path).is_file():
@@ -99,8 +181,11 @@ def beside(path: str | os.PathLike) -> Iterator[epath.Path]:
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
   """`beside`, opened for writing ('w' or 'wb')."""
-  with beside(path) as unfinished, unfinished.open(mode) as file:
-    yield file
+  with beside(path) as unfinished:
+    piped = is_pipe(unfinished)
+    opened = open_pipe(unfinished, 'w') if piped else unfinished.open(mode)
+    with opened as file:
+      yield file
 
 
 def _to_disk(path: epath.Path) -> None:

@@ -82,7 +82,7 @@ class Request:
     search_paths: folders to look for files, before the package's configs.
     run: the folder of a run (its MODEL_DIR), whose config.gin is read.
     own_file: a gin file for what the run does not say.
-    allowed_imports: modules that the run's config.gin may import.
+    allowed_imports: modules that gin files may import.
   """
 
   files: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ def read_bindings(request: Request) -> tuple[list[Binding], list[str]]:
   if request.run:
     waiting += [((RUN_CONFIG, 0), f'{request.run}/config.gin', '')]
     waiting += [((OWN_FILE, 0), request.own_file, '')]
-  imports, seen = set(), set()
+  imports, seen, waiting_imports = set(), set(), []
   while waiting:
     # The strongest first: a file that is met twice is as strong as that.
     waiting.sort()
@@ -151,28 +151,77 @@ def read_bindings(request: Request) -> tuple[list[Binding], list[str]]:
       if isinstance(statement, config_parser.IncludeStatement):
         waiting.append(((kind, depth + 1), statement.filename, f'{where}: '))
       elif isinstance(statement, config_parser.ImportStatement):
-        if kind != RUN_CONFIG or statement.module in request.allowed_imports:
-          _import(statement.module, where)
-          imports.add(statement.format())
-          continue
-        _refuse(where, statement.module)
+        waiting_imports.append((statement, where))
       elif isinstance(statement, config_parser.BindingStatement):
         binding = _binding(statement, where, (kind, depth))
-        if kind == RUN_CONFIG and str(binding) in _OF_MODULES:
-          for module in _texts(binding.value):
-            if module not in request.allowed_imports:
-              _refuse(where, module)
-        found.append(binding)
+        # Where a command writes is said by who runs it.
+        if kind != RUN_CONFIG or binding.parameter not in _OUTPUTS:
+          found.append(binding)
   if request.run:
     found += _of_run(request.run, found)
+  trusted = trusted_modules(found, request.allowed_imports)
+  for statement, where in waiting_imports:
+    known = statement.module.startswith('__gin__')  # told of by itself
+    if not known and statement.module not in trusted:
+      _refuse(where, statement.module)
+    _import(statement.module, where)
+    imports.add(statement.format())
   return found, sorted(imports)
 
 
-# What names modules whose import registers tasks.
-_OF_MODULES = ('MIXTURE_OR_TASK_MODULES', 'Task.modules')
+# Parameters that say where a command writes.
+_OUTPUTS = ('output_dir', 'output_file', 'model_dir', 'report_file')
+# The macro of modules whose import registers tasks, and what it is for.
+_MODULES, _OF_MODULES = 'MIXTURE_OR_TASK_MODULES', ('Task', 'modules')
 
 
-def _texts(value: Any) -> Iterable[str]:
+def trusted_modules(
+  found: Iterable[Binding], allowed: Iterable[str]
+) -> set[str]:
+  """Modules that may be imported: those that a person names.
+
+  Args:
+    found: bindings, of which those of a run's config.gin do not count.
+    allowed: by a flag.
+  """
+  named = [
+    b.value
+    for b in found
+    if b.level[0] != RUN_CONFIG
+    and (b.name == _MODULES or (b.name, b.parameter) == _OF_MODULES)
+  ]
+  return {*allowed, *(text for value in named for text in _texts(value))}
+
+
+def check_modules(held: Iterable[Binding], trusted: set[str]) -> None:
+  """Looks at what tasks' modules come to, by way of whichever macros.
+
+  Raises:
+    ConfigurationError: a run's config.gin names one that nobody trusts.
+  """
+  held = list(held)
+  macros = {str(b): b for b in held if not b.parameter}
+  waiting = [
+    b
+    for b in held
+    if b.name == _MODULES or (b.name, b.parameter) == _OF_MODULES
+  ]
+  seen = set()
+  while waiting:
+    binding = waiting.pop()
+    if str(binding) in seen:
+      continue
+    seen.add(str(binding))
+    for text in _texts(binding.value):
+      if binding.level[0] == RUN_CONFIG and text not in trusted:
+        _refuse(binding.where, text)
+    for reference in references(binding.value):
+      if reference.startswith('@') and binding.level[0] == RUN_CONFIG:
+        _refuse(binding.where, reference)
+      waiting += [macros[n] for n in [reference[1:]] if n in macros]
+
+
+def _texts(value: Any) -> Iterator[str]:
   if isinstance(value, str) and not isinstance(value, Reference):
     yield value
   elif isinstance(value, list | tuple):
@@ -262,6 +311,9 @@ def _statements(text: str, file: str = '') -> Iterator[Any]:
   """gin's statements; a fault of syntax becomes one line."""
   try:
     yield from config_parser.ConfigParser(text, _Delegate())
+  except (RecursionError, MemoryError):
+    where = f'{file}: ' if file else ''
+    raise ConfigurationError(f'{where}a value is nested too deeply') from None
   except (SyntaxError, ValueError, tokenize.TokenError) as error:
     lines = text.splitlines() or ['']
     number = getattr(error, 'lineno', None)
@@ -328,6 +380,7 @@ def _import(module: str, where: str) -> None:
     sys.path.append(os.getcwd())
   try:
     importlib.import_module(module)
-  except ImportError as error:
-    fault = f'{where}: import {module} failed: {error}'
-    raise ConfigurationError(fault) from None
+  except Exception as error:  # of a module of the user's
+    kind = '' if isinstance(error, ImportError) else f'{type(error).__name__}: '
+    fault = f'{where}: import {module} failed: {kind}{error}'
+    raise ConfigurationError(fault.splitlines()[0]) from None

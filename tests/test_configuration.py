@@ -178,7 +178,12 @@ def test_a_module_that_a_file_imports_brings_its_own_configurables(
     'own.gin', 'import own_mixers', 'bake.mixer = @fold', 'fold.turns = 5'
   )
   monkeypatch.setattr(sys, 'path', list(sys.path))
-  assert run(file, bread(), '--gin.MINUTES=1')['mixer'] == 'folded 5'
+  words = (file, bread(), '--gin.MINUTES=1')
+  assert 'own.gin:1 imports own_mixers, code' in fault(*words)
+  for leave in ('--allow_import=own_mixers', "Task.modules=('own_mixers',)"):
+    request, _ = cli.parse([*words, leave])
+    assert gin_files.read_bindings(request)[1] == ['import own_mixers']
+  assert run(*words, '--allow_import=own_mixers')['mixer'] == 'folded 5'
 
 
 def test_an_included_file_is_read_once():
@@ -305,6 +310,27 @@ def test_modules_that_a_runs_folder_names_need_leave_too(own_file, name):
   run('runs/a', ALLOWED, '--allow_import=evil')
 
 
+@pytest.mark.parametrize(
+  'lines',
+  [
+    ('Task.modules = %OTHER', "OTHER = ('evil',)"),
+    ('a/Task.modules = [%a/OTHER]', "a/OTHER = 'evil'"),
+    ('Task.modules = (%ONE,)', 'ONE = %TWO', "TWO = 'evil'"),
+  ],
+)
+def test_no_macro_hides_a_module_of_a_runs_folder(own_file, lines):
+  write('runs/a/config.gin', 'bake.minutes = 1', *lines)
+  with pytest.raises(gin_files.ConfigurationError, match='import=evil'):
+    run('runs/a', ALLOWED)
+
+
+def test_a_runs_folder_does_not_say_where_to_write(own_file):
+  write('runs/a/config.gin', 'bake.minutes = 1', "infer.output_file = '/etc/x'")
+  request, _ = cli.parse(['runs/a'], own_file='own.gin')
+  found, _ = gin_files.read_bindings(request)
+  assert 'infer.output_file' not in map(str, found)
+
+
 def test_a_runs_folder_is_enough(own_file):
   result = run('runs/a', ALLOWED)
   assert result['oven']['degrees'] == 100  # its own file's
@@ -417,6 +443,8 @@ def test_a_mistyped_flag_gets_one_line_with_the_nearest_name(flag, words):
     ('bake.note 3', ['bad.gin:2', 'not valid gin']),
     ('Oven.degres = 3', ['bad.gin:2', 'did you mean degrees?']),
     ('Ovn.fan = True', ['bad.gin:2', 'did you mean Oven?']),
+    ('MINUTES = %A\nA = %B\nB = %A', ['bad.gin:', 'leads back to itself']),
+    ('MINUTES = ' + '[' * 9999 + ']' * 9999, ['bad.gin']),
     ('import no_such_module', ['bad.gin:2', 'no_such_module']),
     ("include 'none.gin'", ['bad.gin:2', 'none.gin is not found']),
     ('from __gin__ import dynamic_registration', ['bad.gin:2', 'plain names']),

@@ -20,6 +20,7 @@ import re
 
 import seqio
 
+from prompt_tuning import files
 from prompt_tuning.data import metrics
 from prompt_tuning.data.postprocessors import LabelToId
 from prompt_tuning.data.records import Row
@@ -152,7 +153,7 @@ def classification_task(
   arguments = (dict(splits), tuple(labels), template, label_field)
   if _from_configuration.get(name) != arguments:
     for split, path in splits.items():
-      if not pathlib.Path(path).is_file():
+      if not files.place(path).is_file():
         raise UserError(
           f'task {name}, split {split!r}: there is no file {path}'
         )

@@ -24,6 +24,7 @@ import json
 import pathlib
 import re
 
+from prompt_tuning import files
 from prompt_tuning.data import glue
 from prompt_tuning.data import question_answering
 from prompt_tuning.data import super_glue
@@ -90,7 +91,8 @@ def source(
       f'{", ".join(sorted(DATA))}'
     )
   data = DATA[name]
-  present = data.present(pathlib.Path(folder))
+  root = pathlib.Path(files.place(folder))
+  present = data.present(root)
   splits = splits or {split: split for split in data.files}
   names = {new: old for new, old in splits.items() if old in present}
   if not names:
@@ -100,7 +102,7 @@ def source(
       f'{", ".join(wanted)} and the like'
     )
   return RowsSource(
-    lambda split: data.rows(pathlib.Path(folder), names[split]),
+    lambda split: data.rows(root, names[split]),
     names,
     data.schema,
   )

@@ -14,6 +14,7 @@ import os
 import pathlib
 from typing import Any
 
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
 
 Row = Mapping[str, object]
@@ -158,7 +159,7 @@ def read_text(path: str | os.PathLike) -> str:
   Raises:
     UserError: naming file and line, if it cannot be read or is not UTF-8.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(files.place(path))
   try:
     data = path.read_bytes()
     if path.suffix == '.gz':

@@ -98,9 +98,9 @@ class Task:
       UserError: if there is no such task, module, vocabulary or file, or if
         prompt_indices leaves out a task of the mixture.
     """
+    register_tasks(self.modules)
     import seqio
 
-    register_tasks(self.modules)
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     if self.name not in names:
       near = difflib.get_close_matches(self.name, sorted(names), 3, 0.4)
@@ -270,8 +270,32 @@ class Task:
     return task
 
 
+def import_seqio() -> None:
+  """Imports seqio, and keeps what TensorFlow's C++ then says off stderr.
+
+  Its own level is not heeded that early; setting TF_CPP_MIN_LOG_LEVEL to 0 asks
+  for all of it.
+  """
+  asked = os.environ.get('TF_CPP_MIN_LOG_LEVEL') == '0'
+  if asked or 'seqio' in sys.modules:
+    return
+  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    importlib.import_module('seqio')
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
+
+
 def register_tasks(modules: Sequence[str] = ()) -> None:
-  """Registers the package's tasks, and those of further modules."""
+  """Registers the package's tasks, and those of further modules.
+
+  Raises:
+    UserError: a module is not there, or fails while it is imported.
+  """
+  import_seqio()
   # As `python -m` does: a module of the user's working folder is found.
   if os.getcwd() not in sys.path and '' not in sys.path:
     sys.path.append(os.getcwd())
@@ -285,6 +309,13 @@ def register_tasks(modules: Sequence[str] = ()) -> None:
           ' folder'
         ) from error
       raise
+    except UserError:
+      raise
+    except Exception as error:  # of a module of the user's
+      raise UserError(
+        f'modules names {module!r}, which fails when it is imported:'
+        f' {type(error).__name__}: {error}'
+      ) from error
 
 
 def _require_tfds_data(task: 'seqio.Task') -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Int
 import numpy as np
 
 from prompt_tuning.data.task import Task
+from prompt_tuning.data.task import import_seqio
 from prompt_tuning.data.task import reading
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
@@ -89,6 +90,7 @@ class TaskData:
       UserError: for an unknown task or split, missing lengths, a data set that
         has no examples or cannot be read. Raised here, not at the first batch.
     """
+    import_seqio()
     import seqio
 
     from prompt_tuning.data import feature_converter

@@ -136,7 +136,7 @@ class TokenArrays:
   @classmethod
   def open(cls, folder: str | pathlib.Path) -> 'TokenArrays':
     """Maps the files; one line of UserError where they do not fit together."""
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
       raise UserError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import sentencepiece
 
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
 
 PAD_ID = 0
@@ -259,7 +260,7 @@ def load_vocabulary(
   """
   if path == BYTES:
     return ByteVocabulary()
-  given = pathlib.Path(path)
+  given = pathlib.Path(files.place(path))
   bundled = _BUNDLED / str(path) / _MODEL_FILE
   if _says_bytes(given / 'tokenizer_config.json'):
     return ByteVocabulary()
@@ -283,7 +284,7 @@ def digest_beside(path: str | pathlib.Path) -> str | None:
   Args:
     path: the model's: a bundled name, a file or a folder.
   """
-  given = pathlib.Path(path)
+  given = pathlib.Path(path).expanduser()
   folder = given.parent if given.is_file() else given
   for file in (folder / _MODEL_FILE, _BUNDLED / str(path) / _MODEL_FILE):
     with contextlib.suppress(OSError):

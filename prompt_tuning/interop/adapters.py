@@ -118,7 +118,7 @@ def save_peft(
     'revision': None,
     'task_type': 'SEQ_2_SEQ_LM',
   }
-  folder = pathlib.Path(folder).expanduser()
+  folder = pathlib.Path(files.place(folder))
   tensor_files.write(folder / ADAPTER, arrays, {'format': 'pt'}, 'float32')
   write_json(folder / ADAPTER_CONFIG, dict(sorted(facts.items())))
   return [folder / ADAPTER, folder / ADAPTER_CONFIG]
@@ -236,7 +236,7 @@ def save_serving_table(
     file: a .npy file to write.
     prompts: one for each task, of one E.
   """
-  file = pathlib.Path(file).expanduser()
+  file = pathlib.Path(files.place(file))
   widths = {prompt.shape[-1] for prompt in prompts}
   if len(widths) != 1 or any(prompt.ndim != 2 for prompt in prompts):
     shapes = [list(prompt.shape) for prompt in prompts]

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import prompt_tuning
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import hugging_face
 from prompt_tuning.interop import t5x
@@ -20,6 +21,7 @@ from prompt_tuning.models import parameters
 from prompt_tuning.training import tensor_files
 from prompt_tuning.training import trained as trained_lib
 from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import UnknownStepError
 
 SAFETENSORS = 'model.safetensors'
 
@@ -52,11 +54,13 @@ def load_checkpoint(
   Raises:
     UserError: nothing there, a format that cannot be read, a damaged file.
   """
+  if step is not None and step < 0:
+    raise UserError(f'the step of {path} must be 0 or more, got {step}')
+  found = pathlib.Path(files.place(path))
   name = os.fspath(path)
   if name in bundled_names():
     file = bundled_folder() / name / SAFETENSORS
     return _open_safetensors(name, file, step)
-  found = pathlib.Path(name).expanduser()
   if found.is_file():
     if found.suffix == '.safetensors':
       return _open_safetensors(name, found, step)
@@ -81,9 +85,9 @@ def load_checkpoint(
     )
   if (found / SAFETENSORS).is_file():
     return _open_safetensors(name, found / SAFETENSORS, step)
-  files = sorted(found.glob('*.safetensors'))
-  if len(files) == 1:
-    return _open_safetensors(name, files[0], step)
+  singles = sorted(found.glob('*.safetensors'))
+  if len(singles) == 1:
+    return _open_safetensors(name, singles[0], step)
   raise UserError(f'{name} holds no checkpoint: {_FORMATS}')
 
 
@@ -91,7 +95,7 @@ def open_checkpoint(path: str | os.PathLike) -> BaseCheckpoint:
   """`load_checkpoint` where nobody counts steps: a file need not say any."""
   try:
     return load_checkpoint(path)
-  except UserError:
+  except UnknownStepError:
     return load_checkpoint(path, 0)
 
 
@@ -152,9 +156,6 @@ def _open_safetensors(
   if step is None:
     saved = metadata.get('step', '')
     if not saved.isdigit():
-      raise UserError(
-        f'{file} does not say to which step it was trained; bind '
-        'load_checkpoint.step'
-      )
+      raise UnknownStepError(str(file))
     step = int(saved)
   return BaseCheckpoint(name, step, arrays, metadata)

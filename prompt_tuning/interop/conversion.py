@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -19,6 +20,7 @@ from prompt_tuning.interop import prompts
 from prompt_tuning.interop import t5x
 from prompt_tuning.models import parameters
 from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import UnknownStepError
 from prompt_tuning.training.trained import Trained
 
 MODEL_FORMATS = ('safetensors', 't5x', 'hugging_face', 'prompt_tokens')
@@ -81,7 +83,10 @@ def convert(
     if trained is not None:
       raise UserError(f'{to} is made of one source; leave --trained away')
     return [str(f) for f in _convert_prompt(sources, output, to, base)]
-  model = base_checkpoints.load_checkpoint(sources[0], step)
+  try:
+    model = base_checkpoints.load_checkpoint(sources[0], step)
+  except UnknownStepError as error:
+    raise UnknownStepError(error.path, error.hint, 'give --step') from None
   if trained is not None:
     model = _folded(model, trained)
   arrays = parameters.unrolled(model.arrays)
@@ -99,7 +104,12 @@ def convert(
   elif to == 'hugging_face':
     file = load_vocabulary(vocabulary).path if vocabulary else None
     written = hugging_face_writing.save_model(
-      output, arrays, model.step, dtype=dtype, vocabulary_file=file
+      output,
+      arrays,
+      model.step,
+      dtype=dtype,
+      vocabulary_file=file,
+      stated=model.stated,
     )
   else:
     if rows is None:
@@ -107,7 +117,13 @@ def convert(
     if vocabulary is None:
       raise UserError("prompt_tokens needs --vocabulary, the model's")
     written = hugging_face_writing.save_with_prompt_tokens(
-      output, arrays, model.step, rows, load_vocabulary(vocabulary), dtype=dtype
+      output,
+      arrays,
+      model.step,
+      rows,
+      load_vocabulary(vocabulary),
+      dtype=dtype,
+      stated=model.stated,
     )
   return [str(file) for file in written]
 
@@ -156,7 +172,7 @@ def _folded(base: BaseCheckpoint, source: str) -> BaseCheckpoint:
     if folded is None:
       raise UserError(
         f'no plain T5 acts as one with the {name} of {source}; --trained folds'
-        ' LoRA and IA3, --prompt takes a prompt'
+        ' what can be folded (LoRA, IA3), --prompt takes a prompt'
       )
     params = folded
   return dataclasses.replace(base, arrays=params)
@@ -198,15 +214,25 @@ def open_any(path: str) -> tuple[str, dict, dict]:
   return 'model', dict(base.arrays), facts
 
 
-def inspect(paths: Sequence[str]) -> Iterator[str]:
-  """Lines on what files hold: shapes, types, norms, metadata.
+def inspect(paths: Sequence[str], all_arrays: bool = False) -> Iterator[str]:
+  """Lines on what files hold: a summary, metadata, norms.
 
   Several prompts are compared as well, row by row and as a whole.
+
+  Args:
+    paths: of models and of what methods trained.
+    all_arrays: shape, type and norm of each array too; of up to eight they
+      are told anyway.
   """
   tables = {}
   for path in paths:
     kind, arrays, facts = open_any(path)
-    yield f'{path}: {kind}'
+    sizes = [math.prod(array.shape) for array in arrays.values()]
+    types = sorted({np.dtype(array.dtype).name for array in arrays.values()})
+    yield (
+      f'{path}: {kind}, {sum(sizes):,} parameters in {len(sizes)} arrays of'
+      f' {" and ".join(types)}'
+    )
     for name, value in sorted(facts.items()):
       if value is not None:
         yield f'  {name}: {value}'
@@ -214,21 +240,24 @@ def inspect(paths: Sequence[str]) -> Iterator[str]:
       tables[path] = arrays['table']
       yield from _prompt_lines(arrays['table'])
       continue
-    total = 0
+    if len(arrays) > _FEW and not all_arrays:
+      yield '  (--arrays: shape, type and norm of each)'
+      continue
     for name in sorted(arrays, key=_natural):
       array = arrays[name]
-      size = int(np.prod(array.shape))
-      total += size
       norm = float(np.linalg.norm(np.asarray(array, np.float32)))
       yield (
         f'  {name:58} {"x".join(map(str, array.shape)):>14} '
         f'{np.dtype(array.dtype).name:>9}  norm {norm:.4g}'
       )
-    yield f'  {total:,} parameters in {len(arrays)} arrays'
   names = list(tables)
   for i, one in enumerate(names):
     for other in names[i + 1 :]:
       yield from _compared(one, tables[one], other, tables[other])
+
+
+# So many arrays are told one by one.
+_FEW = 8
 
 
 def _natural(name: str) -> list:

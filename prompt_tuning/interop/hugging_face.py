@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning import files
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import faults
 from prompt_tuning.models.parameters import LazyArray
 from prompt_tuning.training import tensor_files
 from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import UnknownStepError
 
 CONFIG = 'config.json'
 SAFETENSORS = 'model.safetensors'
@@ -188,15 +190,13 @@ def open_model(
   Raises:
     UserError: no T5, no step, unknown or missing arrays, a damaged file.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = pathlib.Path(files.place(path))
   config = _read_config(folder)
   if step is None:
     step = config.get('prompt_tuning_step')
-  if not isinstance(step, int):
-    raise UserError(
-      f'{path} does not say to which step it was trained; bind '
-      'load_checkpoint.step (1000000 for T5 1.1, 1100000 for LM-adapted ones)'
-    )
+  if not isinstance(step, int) or step < 0:
+    hint = ' (1000000 for T5 1.1, 1100000 for LM-adapted ones)'
+    raise UnknownStepError(os.fspath(path), hint)
   arrays, theirs = {}, dict(_arrays(folder))
   for name, array in theirs.items():
     ours = our_path(name)
@@ -208,9 +208,59 @@ def open_model(
   if output is not None and config.get('tie_word_embeddings', True):
     if output.shape == table.shape and np.array_equal(output[:64], table[:64]):
       del arrays['decoder/logits_dense/kernel']
+  facts = {'format': 'hugging_face', 'config': config}
   return BaseCheckpoint(
-    os.fspath(path), step, arrays, {'format': 'hugging_face', 'config': config}
+    os.fspath(path), step, arrays, facts, _stated(folder / CONFIG, config)
   )
+
+
+# T5Config's attributes by the names that Hugging Face has for them.
+_STATED = {
+  'vocab_size': 'vocab_size',
+  'd_model': 'emb_dim',
+  'num_heads': 'num_heads',
+  'd_kv': 'head_dim',
+  'd_ff': 'mlp_dim',
+  'num_layers': 'num_encoder_layers',
+  'num_decoder_layers': 'num_decoder_layers',
+  'relative_attention_num_buckets': 'num_buckets',
+  'relative_attention_max_distance': 'max_distance',
+  'dropout_rate': 'dropout_rate',
+}
+ACTIVATIONS = {
+  'gated-gelu': ('gelu', 'linear'),
+  'gated-silu': ('silu', 'linear'),
+  'relu': ('relu',),
+}
+NORM_EPSILON = 1e-6  # of `models.layers.rms_norm`, which has no other
+
+
+def _stated(file: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+  """What a configuration says of the network, by T5Config's names.
+
+  Whether the output layer is tied is left out: files say it better (see
+  `open_model`).
+  """
+  stated = {
+    ours: config[theirs] for theirs, ours in _STATED.items() if theirs in config
+  }
+  for name, value in stated.items():
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise UserError(f'{file} says {name} {value!r}; a number is needed')
+  if (kind := config.get('feed_forward_proj')) is not None:
+    if kind not in ACTIVATIONS:
+      raise UserError(
+        f'{file} says feed_forward_proj {kind!r}; this package has'
+        f' {", ".join(ACTIVATIONS)}'
+      )
+    stated['mlp_activations'] = ACTIVATIONS[kind]
+  epsilon = config.get('layer_norm_epsilon', NORM_EPSILON)
+  if epsilon != NORM_EPSILON:
+    raise UserError(
+      f'{file} says layer_norm_epsilon {epsilon!r}; this package has'
+      f' {NORM_EPSILON}'
+    )
+  return stated
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:

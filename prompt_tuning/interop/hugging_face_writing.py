@@ -32,14 +32,18 @@ _SPECIAL_IDS = {
 }
 
 
-def config_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(
+  arrays: Mapping[str, Any], stated: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
   """Hugging Face's configuration of a T5, from the shapes of its parameters.
 
   Args:
     arrays: by T5X path.
+    stated: what shapes do not tell (see `BaseCheckpoint`).
   """
-  config = BaseCheckpoint('the model', 0, arrays).config()
-  gated = len(config.mlp_activations) > 1
+  stated = dict(stated or {})
+  config = BaseCheckpoint('the model', 0, arrays, stated=stated).config()
+  kinds = {v: k for k, v in hugging_face.ACTIVATIONS.items()}
   return {
     'architectures': ['T5ForConditionalGeneration'],
     'model_type': 't5',
@@ -53,10 +57,10 @@ def config_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
     'num_heads': config.num_heads,
     'relative_attention_num_buckets': config.num_buckets,
     'relative_attention_max_distance': config.max_distance,
-    'feed_forward_proj': 'gated-gelu' if gated else 'relu',
+    'feed_forward_proj': kinds[tuple(config.mlp_activations)],
     'tie_word_embeddings': config.logits_via_embedding,
-    'layer_norm_epsilon': 1e-6,
-    'dropout_rate': 0.1,
+    'layer_norm_epsilon': hugging_face.NORM_EPSILON,
+    'dropout_rate': stated.get('dropout_rate', 0.1),
     **_SPECIAL_IDS,
   }
 
@@ -68,6 +72,7 @@ def save_model(
   *,
   dtype: str = 'float32',
   vocabulary_file: str | os.PathLike | None = None,
+  stated: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
   """Writes a Hugging Face folder: configuration, weights, vocabulary.
 
@@ -77,6 +82,7 @@ def save_model(
     step: to which the model was trained, kept as `prompt_tuning_step`.
     dtype: 'float32' or 'bfloat16'.
     vocabulary_file: a SentencePiece model to copy to `spiece.model`.
+    stated: see `config_of`.
 
   Returns:
     The files.
@@ -84,9 +90,9 @@ def save_model(
   Raises:
     UserError: not the parameters of a T5, or the folder cannot be written.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = pathlib.Path(files.place(path))
   itemsize = np.dtype(storage_dtype(dtype)).itemsize
-  config = config_of(arrays) | {
+  config = config_of(arrays, stated) | {
     'torch_dtype': dtype,
     'prompt_tuning_step': int(step),
     'prompt_tuning_version': prompt_tuning.__version__,
@@ -136,6 +142,7 @@ def save_with_prompt_tokens(
   vocabulary: Vocabulary,
   *,
   dtype: str = 'float32',
+  stated: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
   """Writes a model whose vocabulary has the prompt in it, for plain T5 servers.
 
@@ -147,11 +154,11 @@ def save_with_prompt_tokens(
   suppresses them.
 
   Args:
-    path: see `save_model`, like arrays, step and dtype.
+    path: see `save_model`, like arrays, step, dtype and stated.
     prompt: rows of the prompt, which stands in front of the text.
     vocabulary: the model's.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = pathlib.Path(files.place(path))
   first = vocabulary.size
   embedding = np.asarray(arrays['token_embedder/embedding'])
   if prompt.shape[1] != embedding.shape[1]:
@@ -171,7 +178,12 @@ def save_with_prompt_tokens(
     columns[:, :first] = kernel[:, :first]
     changed[output] = columns
   written = save_model(
-    folder, changed, step, dtype=dtype, vocabulary_file=vocabulary.path
+    folder,
+    changed,
+    step,
+    dtype=dtype,
+    vocabulary_file=vocabulary.path,
+    stated={k: v for k, v in (stated or {}).items() if k != 'vocab_size'},
   )
   ids = {f'<prompt_{i}>': first + i for i in range(len(prompt))}
   no = dict.fromkeys(('lstrip', 'normalized', 'rstrip', 'single_word'), False)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 import numpy as np
 
+from prompt_tuning import files
 from prompt_tuning import methods as methods_lib
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
@@ -98,7 +99,7 @@ def load_trained(
     UserError: there is no such file, or it is damaged, of another shape, or
       not finite.
   """
-  path = epath.Path(path).expanduser()
+  path = files.place(path)
   if '://' in os.fspath(path):
     with tempfile.TemporaryDirectory() as folder:
       if local := _downloaded(path, pathlib.Path(folder)):

@@ -13,6 +13,7 @@ Paths in here are those of T5X's state: 'target/...' for parameters,
 
 from collections.abc import Iterator, Mapping
 import json
+import math
 import os
 import pathlib
 import re
@@ -127,7 +128,7 @@ def write_checkpoint(
   Raises:
     UserError: if it exists or cannot be written.
   """
-  root = pathlib.Path(path).expanduser()
+  root = pathlib.Path(files.place(path))
   folder = root / f'checkpoint_{step}'
   if folder.exists():
     raise UserError(f'{folder} exists; remove it or choose another folder')
@@ -265,23 +266,49 @@ def _lazy(folder: str, below: str, known: Mapping[str, Any]) -> LazyArray:
       raise ValueError(f'{below}/.zarray is missing')
     known = {**json.loads(data), **known}
   shape = tuple(int(size) for size in known['shape'])
-  spec = {'driver': 'zarr', 'kvstore': _kvstore(folder, f'{below}/')}
+  spec = {
+    'driver': 'zarr',
+    'kvstore': _kvstore(folder, f'{below}/'),
+    'fill_missing_data_reads': False,
+  }
   dtype = np.dtype(known['dtype'])
-  return LazyArray(shape, dtype, _reader(folder, spec, shape))
+  return LazyArray(shape, dtype, _reader(folder, spec, shape, dtype))
 
 
-def _reader(folder: str, spec: dict[str, Any], shape: tuple[int, ...]):
+def _reader(
+  folder: str, spec: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
+):
   def read(index):
     with _reading(folder):
       store = ts.open(spec, read=True, open=True).result()
-      if tuple(store.shape) != shape:
+      found = list(store.shape), store.dtype.numpy_dtype.name
+      if found != (list(shape), dtype.name):
         raise UserError(
-          f'{spec["kvstore"]["path"]} has shape {list(store.shape)}, the index '
-          f'says {list(shape)}; the checkpoint is damaged, get it again'
+          f'{spec["kvstore"]["path"]} has shape {found[0]} of {found[1]}, the'
+          f' index says {list(shape)} of {dtype.name}; the checkpoint is'
+          ' damaged, get it again'
         )
-      return np.asarray(store[_bounded(index, shape)].read().result())
+      wanted = store[_bounded(index, shape)]
+      _require_memory(spec['kvstore']['path'], store, wanted)
+      return np.asarray(wanted.read().result())
 
   return read
+
+
+def _require_memory(path: str, store: Any, wanted: Any) -> None:
+  """Raises UserError for what no memory of this machine can hold.
+
+  tensorstore would end the process.
+  """
+  chunk = store.chunk_layout.read_chunk.shape or ()
+  itemsize = store.dtype.numpy_dtype.itemsize
+  needed = itemsize * max(math.prod(chunk), math.prod(wanted.shape))
+  there = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if needed > there:
+    raise UserError(
+      f'{path} needs {needed / 2**30:.4g} GiB, this machine has'
+      f' {there / 2**30:.4g}; is the checkpoint damaged?'
+    )
 
 
 def _bounded(index: Any, shape: tuple[int, ...]) -> Any:
@@ -311,9 +338,13 @@ def _orbax(folder: str, data: bytes) -> Iterator[tuple[str, Any]]:
     if ocdbt:
       kvstore = {'driver': 'ocdbt', 'base': _kvstore(folder), 'path': below}
     spec = {'driver': driver, 'kvstore': kvstore}
+    # zarr3 leaves out chunks of zeros, of which parameters have none.
+    if driver == 'zarr' or keys[0] == 'target':
+      spec['fill_missing_data_reads'] = False
     store = ts.open(spec, read=True, open=True).result()
     shape, dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
-    yield '/'.join(keys), LazyArray(shape, dtype, _reader(folder, spec, shape))
+    read = _reader(folder, spec, shape, dtype)
+    yield '/'.join(keys), LazyArray(shape, dtype, read)
 
 
 def _reading(folder: str) -> Any:

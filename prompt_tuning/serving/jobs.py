@@ -235,7 +235,7 @@ def evaluate(
   Raises:
     UserError: base, prompt, task or folder are at fault.
   """
-  folder = epath.Path(output_dir).expanduser()
+  folder = files.place(output_dir)
   if (folder / 'checkpoints').exists():
     raise UserError(
       f'EVAL_OUTPUT_DIR {folder} is the folder of a run; choose one in it, such'
@@ -304,10 +304,12 @@ def _input(
   def reopen() -> Iterable[str]:
     if name == '-':
       return sys.stdin
+    path = files.place(name)
     try:
       if '://' in name:
-        return stack.enter_context(epath.Path(name).open())
-      path = os.path.expanduser(name)
+        return stack.enter_context(path.open())
+      if files.is_pipe(path):
+        return stack.enter_context(files.open_pipe(path, 'r'))
       # Lines end at \n alone: text may hold U+2028 and the like.
       file = open(path, encoding='utf-8-sig', newline='\n')
       return stack.enter_context(file)
@@ -326,7 +328,7 @@ def _output(name: str) -> Iterator[TextIO]:
     yield sys.stdout
     return
   try:
-    epath.Path(name).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    files.place(name).parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(name) as file:
       yield file
   except OSError as error:

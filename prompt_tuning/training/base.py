@@ -43,6 +43,18 @@ def storage_dtype(dtype: str | None = None) -> str:
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
+class UnknownStepError(UserError):
+  """A checkpoint does not say to which step it was trained."""
+
+  def __init__(
+    self, path: str, hint: str = '', fix: str = 'bind load_checkpoint.step'
+  ):
+    super().__init__(
+      f'{path} does not say to which step it was trained; {fix}{hint}'
+    )
+    self.path, self.hint = path, hint
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseCheckpoint:
   """T5's weights on disk, and the step they were trained to.
@@ -52,12 +64,15 @@ class BaseCheckpoint:
     step: from which the count of a run on it goes on.
     arrays: by T5X path, such as 'encoder/layers_0/mlp/wo/kernel'.
     metadata: what the file says about itself.
+    stated: attributes of `T5Config` as the checkpoint's own configuration has
+      them, where it has one; what shapes cannot tell is looked for here.
   """
 
   path: str
   step: int
   arrays: Mapping[str, Any]
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  stated: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def fingerprint(self) -> str:
     """As `fingerprint` of the loaded parameters, reading a few rows only."""
@@ -66,8 +81,8 @@ class BaseCheckpoint:
   def config(self) -> network.T5Config:
     """The network that these are parameters of, by their names and shapes.
 
-    What shapes do not tell is as everywhere in T5: max_distance 128, and gelu
-    for gates, relu for what has none.
+    What shapes do not tell is as `stated`, else as everywhere in T5:
+    max_distance 128, and gelu for gates, relu for what has none.
 
     Raises:
       UserError: they are no T5's.
@@ -91,7 +106,7 @@ class BaseCheckpoint:
     except (KeyError, ValueError) as error:
       raise UserError(f'{self.path} is no T5: it lacks {error}') from None
     gated = 'encoder/layers_0/mlp/wi_0/kernel' in arrays
-    return network.T5Config(
+    config = network.T5Config(
       vocab_size=vocab_size,
       emb_dim=emb_dim,
       num_heads=num_heads,
@@ -103,6 +118,26 @@ class BaseCheckpoint:
       logits_via_embedding='decoder/logits_dense/kernel' not in arrays,
       num_buckets=num_buckets,
     )
+    self._require_stated(config, _TOLD_BY_SHAPES)
+    return dataclasses.replace(
+      config,
+      **{k: self.stated[k] for k in _NOT_TOLD if k in self.stated},
+    )
+
+  def _require_stated(
+    self, config: network.T5Config, names: Iterable[str]
+  ) -> None:
+    """Raises UserError where its own configuration says otherwise."""
+    faults = [
+      f'{name} {self.stated[name]}, the model has {getattr(config, name)}'
+      for name in names
+      if name in self.stated and self.stated[name] != getattr(config, name)
+    ]
+    if faults:
+      raise UserError(
+        f'{self.path} states {shorten(faults)}: give the model of this'
+        ' checkpoint'
+      )
 
   def load(
     self,
@@ -121,10 +156,26 @@ class BaseCheckpoint:
       trained: they are to change, and are float32.
     """
     layout = layout or partitioning.single_device()
+    # How much is dropped out is the run's to say.
+    self._require_stated(config, self.stated.keys() - {'dropout_rate'})
     shapes = network.parameter_shapes(config)
     place = layout.params if trained else layout.frozen
     dtype = 'float32' if trained else storage_dtype(dtype)
     return load_params(self, shapes, dtype=dtype, shardings=place(shapes))
+
+
+# What an array's shape or presence says of a network.
+_TOLD_BY_SHAPES = (
+  'vocab_size',
+  'emb_dim',
+  'num_heads',
+  'head_dim',
+  'mlp_dim',
+  'num_encoder_layers',
+  'num_decoder_layers',
+  'num_buckets',
+)
+_NOT_TOLD = ('mlp_activations', 'max_distance')
 
 
 def fingerprint(params: Any) -> str:
@@ -202,7 +253,19 @@ def load_params(
       jnp.dtype(spec.dtype if dtype is None else storage_dtype(dtype)),
       flat_shardings.get(path),
     )
+  _require_finite(base.path, loaded)
   return parameters.nest(loaded)
+
+
+def _require_finite(source: str, loaded: Mapping[str, jax.Array]) -> None:
+  """Raises UserError for weights that are no numbers; looked at on devices."""
+  finite = {path: jnp.isfinite(array).all() for path, array in loaded.items()}
+  faults = [path for path, is_so in jax.device_get(finite).items() if not is_so]
+  if faults:
+    raise UserError(
+      f'{source} has weights that are not finite in {shorten(faults)}; get it'
+      ' again'
+    )
 
 
 def _placed(array: Any, dtype: np.dtype, sharding: Any) -> jax.Array:

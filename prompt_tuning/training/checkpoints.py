@@ -67,7 +67,7 @@ class Checkpoints:
     """
     if keep is not None and keep < 1:
       raise UserError(f'keep needs at least 1 checkpoint, got {keep}')
-    self.directory = epath.Path(directory).expanduser().absolute()
+    self.directory = files.place(directory).absolute()
     self._keep = keep
     self._writer = None
     self._unchanged: dict[int, bool] = {}

@@ -94,7 +94,8 @@ class Evaluator:
   ):
     self._evaluation = evaluation
     self._layout = layout or partitioning.single_device()
-    self._output_dir = epath.Path(output_dir).expanduser()
+    self._output_dir = files.place(output_dir)
+    task_lib.import_seqio()
     import seqio
 
     from prompt_tuning.data import feature_converter

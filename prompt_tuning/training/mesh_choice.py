@@ -7,6 +7,7 @@ compile` asks the compiler itself.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -293,7 +294,8 @@ class Partitioner:
     Raises:
       UserError: no mesh of these devices does for the batch and the model.
     """
-    if devices is None:
+    of_job = devices is None
+    if of_job:
       devices, limit = jax.devices(), _memory_of_job()
     else:
       limit = device_memory(devices[0])
@@ -325,6 +327,8 @@ class Partitioner:
       )
     else:
       chosen = min(choices, key=lambda one: one.memory)
+    if of_job:
+      _refuse_hopeless(chosen.memory, limit)
     if len(choices) == 1:
       why = 'as asked'
     elif fitting:
@@ -364,6 +368,24 @@ class Partitioner:
         f' {workload.microbatches} microbatches'
       )
     return _Choice(layout, workload.memory(layout), workload.moved(mesh))
+
+
+# The estimate is up to 1.7 times what compilers say.
+_HOPELESS = 2
+
+
+def _refuse_hopeless(memory: int, limit: int | None) -> None:
+  """Raises UserError for what these devices cannot hold, by far."""
+  if limit is None:  # CPU devices share the machine's
+    there = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    limit = there // jax.local_device_count()
+  if memory > _HOPELESS * limit:
+    raise UserError(
+      f'this takes about {memory / GIB:.4g} GiB a device, which has'
+      f' {limit / GIB:.1f}: a smaller BATCH_SIZE, PROMPT_LENGTH or'
+      ' TASK_FEATURE_LENGTHS, more devices or train.microbatches take less'
+      ' (prompt-tuning compile says how much)'
+    )
 
 
 def _reason(chosen: _Choice, why: str, limit: int | None) -> str:

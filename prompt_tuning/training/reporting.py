@@ -33,7 +33,7 @@ class MetricsWriter:
     self._silent = silent
     if silent:
       return
-    folder = epath.Path(model_dir).expanduser()
+    folder = files.place(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
     self.path = folder / 'metrics.jsonl'
     if self.path.exists():

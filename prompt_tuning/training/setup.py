@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import prompt_tuning
+from prompt_tuning import files
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
@@ -164,7 +165,7 @@ def last_step(
 
 def made(model_dir: str | os.PathLike) -> epath.Path:
   """The folder of a run, made if need be."""
-  model_dir = epath.Path(model_dir).expanduser()
+  model_dir = files.place(model_dir)
   try:
     model_dir.mkdir(parents=True, exist_ok=True)
   except OSError as error:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 from etils import epath
@@ -90,7 +92,7 @@ def write(
   Raises:
     UserError: it cannot be written.
   """
-  file = epath.Path(file).expanduser()
+  file = files.place(file)
   ready = {}
   for name in sorted(arrays):
     array = np.asarray(arrays[name])
@@ -102,18 +104,38 @@ def write(
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.beside(file) as unfinished:
       if '://' in os.fspath(file):
-        unfinished.write_bytes(safetensors.numpy.save(ready, facts))
+        with tempfile.TemporaryDirectory() as folder:
+          local = pathlib.Path(folder, 'arrays')
+          safetensors.numpy.save_file(ready, local, facts)
+          _sort_metadata(local)
+          unfinished.write_bytes(local.read_bytes())
       else:
-        # Without a copy of all of it in memory; made by us, so that it gets
-        # the usual permissions and not safetensors' own.
+        # Without a copy of all of it in memory.
         unfinished.touch()
+        usual = os.stat(unfinished).st_mode  # safetensors has its own
         safetensors.numpy.save_file(ready, unfinished, facts)
+        os.chmod(unfinished, usual)
+        _sort_metadata(unfinished)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(
       f'cannot write {file}: {files.reason(error)}; free the disk or choose'
       ' another folder'
     ) from error
   return file
+
+
+def _sort_metadata(file: os.PathLike) -> None:
+  """Makes equal contents equal bytes: safetensors orders facts at random."""
+  with open(file, 'r+b') as opened:
+    size = int.from_bytes(opened.read(8), 'little')
+    header = json.loads(opened.read(size))
+    facts = header.get('__metadata__', {})
+    header |= {'__metadata__': dict(sorted(facts.items()))}
+    text = json.dumps(header, ensure_ascii=False, separators=(',', ':'))
+    data = text.encode().ljust(size)
+    if len(data) == size:
+      opened.seek(8)
+      opened.write(data)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def save_trained(
   Raises:
     UserError: they cannot be written.
   """
-  folder = epath.Path(folder).expanduser()
+  folder = files.place(folder)
   method = trained.method
   axis = layers_axis(method)
   arrays, facts = method.to_file(parameters.unrolled(trained.arrays, axis))
@@ -191,7 +191,7 @@ def of_run(
   Raises:
     UserError: it has no such checkpoint.
   """
-  folder = epath.Path(model_dir).expanduser().absolute()
+  folder = files.place(model_dir).absolute()
   if (folder / MANIFEST).is_file():
     folder, step = folder.parent, int(folder.name)
   if (folder / 'checkpoints').is_dir():
