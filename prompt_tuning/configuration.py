@@ -22,6 +22,7 @@ from typing import Any
 
 import gin
 
+from prompt_tuning import files
 from prompt_tuning import gin_files
 from prompt_tuning.gin_files import Binding
 from prompt_tuning.gin_files import ConfigurationError
@@ -79,8 +80,9 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
   usage = _Usage(function, held)
   # What is typed may cut off what a file binds: `train.evaluation=None` leaves
   # Evaluation without a user, which is no fault of the file.
+  # The same holds for what one file binds in place of another.
   files = [b for b in found if b.level[0] != gin_files.TYPED]
-  alone = _Usage(function, gin_files.holding(files, strict=False))
+  alone = _Usage(function, files, all_bindings=True)
   usage.check(excused=alone.used)
   for binding in usage.bindings:
     if isinstance(binding.value, str) and binding.value in usage.macros:
@@ -126,7 +128,14 @@ class _Usage:
     faults: other faults, in the order met.
   """
 
-  def __init__(self, function: str, bindings: Sequence[Binding]):
+  def __init__(
+    self,
+    function: str,
+    bindings: Sequence[Binding],
+    all_bindings: bool = False,
+  ):
+    """Looks; of several bindings of a thing at the strongest, or at all."""
+    self._all_bindings = all_bindings
     self.function = function
     self.bindings = bindings
     self.macros = {str(b): b for b in bindings if not b.parameter}
@@ -162,12 +171,21 @@ class _Usage:
       named = binding.level == (gin_files.FILE, 0) and binding.parameter
       typed = binding.level[0] == gin_files.TYPED
       if typed or (named and str(binding) not in excused):
-        macros = () if binding.parameter else self.macros.keys() - spare.keys()
+        near = nearest(str(binding), self.macros.keys() - spare.keys())
+        if binding.parameter:
+          near = self._longer_name(binding)
         raise ConfigurationError(
           f'{binding} is bound by {binding.where} but nothing that '
-          f'{self.function} calls uses it{nearest(str(binding), macros)}: '
-          'remove it'
+          f'{self.function} calls uses it{near}: remove it'
         )
+
+  def _longer_name(self, binding: Binding) -> str:
+    """' (did you mean optax.lion.b1?)' for lion.b1, where that is used."""
+    for path in self._visited:
+      name = path[-2]
+      if name.endswith(f'.{binding.name}'):
+        return f' (did you mean {name}.{binding.parameter}?)'
+    return ''
 
   def _visit(self, path: Sequence[str], called: bool, by: str) -> None:
     if (*path, called) in self._visited:
@@ -182,9 +200,9 @@ class _Usage:
     bindings.sort(key=lambda b: len(b.scope))
     bound = {binding.parameter: binding for binding in bindings}
     hints = _type_hints(_resolve(name))
-    for parameter, binding in bound.items():
+    for binding in bindings if self._all_bindings else bound.values():
       _check_names(binding)
-      self._check_type(binding, hints.get(parameter, Any))
+      self._check_type(binding, hints.get(binding.parameter, Any))
       self._follow(binding, scopes)
     for parameter in _parameters(name).values() if called else ():
       open_ended = parameter.kind in (
@@ -261,7 +279,8 @@ def _resolve(name: str) -> Any:
   if name in _KNOWN_TO_GIN:
     return _KNOWN_TO_GIN[name]
   if name in CONFIGURABLES:
-    found = getattr(importlib.import_module(CONFIGURABLES[name]), name)
+    with files.stderr_closed():  # some bring TensorFlow along
+      found = getattr(importlib.import_module(CONFIGURABLES[name]), name)
   elif name.startswith('optax.'):
     found = _of_optax(name)
   elif name in _methods():

@@ -69,8 +69,9 @@ def _require_answer(name: str) -> None:
 
   # TensorFlow tries for minutes to find credentials: not in this thread.
   asking = threading.Thread(target=ask, daemon=True)
-  asking.start()
-  asking.join(PATIENCE)
+  with stderr_closed():
+    asking.start()
+    asking.join(PATIENCE)
   if asking.is_alive() or faults:
     said = reason(faults[0]) if faults else f'no answer in {PATIENCE} s'
     raise UserError(
@@ -78,6 +79,26 @@ def _require_answer(name: str) -> None:
       ' your credentials (gcloud auth application-default login)'
     )
   _answering.add(bucket)
+
+
+@contextlib.contextmanager
+def stderr_closed() -> Iterator[None]:
+  """Keeps what libraries in C++ say, past Python, off stderr.
+
+  TF_CPP_MIN_LOG_LEVEL=0, which TensorFlow does not heed while it is imported,
+  asks for all of it.
+  """
+  if os.environ.get('TF_CPP_MIN_LOG_LEVEL') == '0':
+    yield
+    return
+  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
 
 
 def is_pipe(path: str | os.PathLike) -> bool:
@@ -88,10 +109,11 @@ def is_pipe(path: str | os.PathLike) -> bool:
 def open_pipe(path: str | os.PathLike, mode: str) -> IO:
   """Opens a named pipe, 'r' or 'w', if somebody is at its other end in time."""
   flags = os.O_RDONLY if mode == 'r' else os.O_WRONLY
-  for _ in range(10 * PATIENCE):
+  until = time.monotonic() + PATIENCE
+  while time.monotonic() < until:
     with contextlib.suppress(OSError):  # nobody reads
       descriptor = os.open(path, flags | os.O_NONBLOCK)
-      heard = mode == 'w' or select.select([descriptor], [], [], 0.1)[0]
+      heard = mode == 'w' or select.select([descriptor], [], [], PATIENCE)[0]
       if heard:
         os.set_blocking(descriptor, True)
         return os.fdopen(descriptor, mode, encoding='utf-8')
@@ -107,6 +129,7 @@ def check_output(
   *,
   overwrite: bool = False,
   what: str = 'the output',
+  consent: str = 'overwrite=True',
 ) -> None:
   """Raises UserError where a file, or a folder of files, may not be written.
 
@@ -116,11 +139,14 @@ def check_output(
     inputs: what is read: no file of it, or folder, may be `path` or in it.
     overwrite: a file that is there, or files in the folder, may be replaced.
     what: names it in messages.
+    consent: how the user says `overwrite`.
   """
   path = place(path)
   local = '://' not in os.fspath(path)
   if local:
     path = pathlib.Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+      return
     for given in filter(None, inputs):
       source = os.path.realpath(os.path.expanduser(given))
       if os.path.exists(source) and pathlib.Path(source).is_relative_to(path):
@@ -128,13 +154,12 @@ def check_output(
           f'{what} {path} would be written over {given}, which is read: choose'
           ' another place'
         )
-    if path.exists() and not (path.is_file() or path.is_dir()):
-      return
   is_result = path.is_file() or (path.is_dir() and any(path.iterdir()))
   if is_result and not overwrite:
     kind = 'holds files' if path.is_dir() else 'exists'
     raise UserError(
-      f'{what} {path} {kind}: choose another place, or say overwrite'
+      f'{what} {path} {kind}: choose another place, or give {consent} to'
+      ' write over it'
     )
   if local:
     parent = path

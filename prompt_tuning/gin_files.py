@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import difflib
 import importlib
+import math
 import os
 import pathlib
 import re
@@ -334,6 +335,8 @@ def _statements(text: str, file: str = '') -> Iterator[Any]:
 
 def _binding(statement: Any, where: str, level: Level) -> Binding:
   scope, name, parameter, value, _ = statement
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ConfigurationError(f'{where}: {value} is no number to bind')
   name = name.removeprefix('prompt_tuning.')
   return Binding(scope, name, parameter, value, where, level)
 

@@ -15,6 +15,7 @@ import os
 import sys
 import typing
 
+from prompt_tuning import files
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
@@ -80,7 +81,7 @@ class Task:
         raise UserError(
           f'TASK_FEATURE_LENGTHS takes inputs and targets, got also {name!r}'
         )
-      if int(length) != length or length < 1:
+      if not isinstance(length, int | float) or length % 1 or length < 1:
         raise UserError(
           f'TASK_FEATURE_LENGTHS[{name!r}] must be an integer of 1 or more, '
           f'got {length!r}'
@@ -225,9 +226,10 @@ class Task:
         that stand for virtual tokens or may not be shuffled, or the split does
         not exist, has no examples or cannot be read.
     """
-    import seqio
-
     task = self.seqio()
+    import seqio
+    import tensorflow as tf
+
     for name in ('inputs', 'targets'):
       if name not in task.output_features:
         raise UserError(
@@ -262,7 +264,14 @@ class Task:
         ).take(1)
         # seqio repeats the data before it filters them: a task without
         # examples would be an endless loop, not an end.
-        if not list(first.as_numpy_iterator()):
+        try:
+          examples = list(first.as_numpy_iterator())
+        except tf.errors.InvalidArgumentError as error:
+          raise UserError(
+            f'task {part.name}, split {split!r}: its preprocessors fail on the'
+            f' first example: {str(error).splitlines()[0]}'
+          ) from error
+        if not examples:
           raise UserError(
             f'task {part.name} has no examples in split {split!r}; look at its'
             ' files and filters'
@@ -271,22 +280,10 @@ class Task:
 
 
 def import_seqio() -> None:
-  """Imports seqio, and keeps what TensorFlow's C++ then says off stderr.
-
-  Its own level is not heeded that early; setting TF_CPP_MIN_LOG_LEVEL to 0 asks
-  for all of it.
-  """
-  asked = os.environ.get('TF_CPP_MIN_LOG_LEVEL') == '0'
-  if asked or 'seqio' in sys.modules:
-    return
-  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  os.dup2(nowhere, 2)
-  try:
-    importlib.import_module('seqio')
-  finally:
-    os.dup2(kept, 2)
-    os.close(kept)
-    os.close(nowhere)
+  """Imports seqio without what TensorFlow's C++ then says."""
+  if 'seqio' not in sys.modules:
+    with files.stderr_closed():
+      importlib.import_module('seqio')
 
 
 def register_tasks(modules: Sequence[str] = ()) -> None:

@@ -78,6 +78,7 @@ def convert(
     output,
     [*sources, prompt, trained, base, vocabulary],
     overwrite=overwrite or to == 't5x',
+    consent='--overwrite',
   )
   if to in PROMPT_FORMATS:
     if trained is not None:

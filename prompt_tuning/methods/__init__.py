@@ -1,7 +1,9 @@
 """Methods: what is trained beside T5 or instead of it, a file each.
 
 `method.py` is the protocol. A file that is put here is found by itself: its
-`Method` by its class's name or its collection, its other public names by gin.
+`Method` by its class's name or its collection, its other public names by gin. A
+`Method` may also stand in a module of the user's, which is then to be imported
+wherever its files are read.
 """
 
 import functools
@@ -27,14 +29,19 @@ def configurables() -> dict[str, Any]:
   return found
 
 
-@functools.cache
 def by_collection() -> dict[str, type[Method]]:
-  """The methods that there are, by the names of their collections."""
-  return {
-    value.collection: value
-    for value in configurables().values()
-    if inspect.isclass(value) and issubclass(value, Method) and value != Method
-  }
+  """The methods that there are, by the names of their collections.
+
+  A method of the user's own module is one from its import on.
+  """
+  configurables()  # imports this folder's
+  found, waiting = {}, [Method]
+  while waiting:
+    kind = waiting.pop(0)
+    waiting += kind.__subclasses__()
+    if kind is not Method:
+      found.setdefault(kind.collection, kind)
+  return found
 
 
 def of_collection(collection: str) -> type[Method] | None:

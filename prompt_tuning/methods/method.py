@@ -7,9 +7,12 @@ here. It acts on the network through Flax's interceptors: a function
 `(next_fun, args, kwargs, context)` around each call of a module's method, where
 `context.module` is the module, `context.method_name` the method, and
 `context.module.get_variable(collection, name)` an array of this place in the
-network. Places to act on: `Transformer.embed`, `EncoderLayer.__call__`,
-`DecoderLayer.__call__`, `Attention.attend`, `RelativePositionBias.__call__`,
-`MLP.__call__` and every `Dense.__call__`.
+network. `args` are those of the call, without the module. Places to act on:
+`Transformer.embed`, `EncoderLayer.__call__`, `DecoderLayer.__call__`,
+`Attention.attend`, `RelativePositionBias.__call__`, `MLP.__call__`,
+`RMSNorm.__call__` and every `Dense.__call__`. Within a scanned stack an array
+of the method is its layer's own; outside, all layers stand on axis 0 (of T5's
+parameters on axis 1).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,9 +50,12 @@ class Method:
 
   Attributes:
     collection: name of its variable collection, and of its files.
+    reads_weights: it computes with T5's weights by itself, where what other
+      methods make of them does not reach.
   """
 
   collection: ClassVar[str]
+  reads_weights: ClassVar[bool] = False
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     """Its arrays at the start, float32.

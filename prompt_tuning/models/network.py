@@ -67,6 +67,19 @@ class T5Config:
   remat_policy: str = 'none'
 
   def __post_init__(self):
+    for name in (
+      *('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim'),
+      *('num_encoder_layers', 'num_decoder_layers', 'num_buckets'),
+      'max_distance',
+    ):
+      if getattr(self, name) < 1:
+        raise UserError(
+          f'T5Config.{name} must be 1 or more, got {getattr(self, name)}'
+        )
+    if not 0 <= self.dropout_rate < 1:
+      raise UserError(
+        f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}'
+      )
     for activation in self.mlp_activations:
       if activation not in layers.ACTIVATIONS:
         raise UserError(

@@ -100,12 +100,15 @@ def infer(
   # The cheap faults first: the checkpoint takes a while.
   show = reporting.Progress(silent=not progress or not hosts.is_primary())
   if output_file != '-':
-    read = [input_file, base.path if base else None, vocabulary]
-    files.check_output(
-      output_file, read, overwrite=overwrite, what='OUTPUT_FILE'
-    )
     if os.path.isdir(output_file):
       raise UserError(f'OUTPUT_FILE {output_file} is a folder; name a file')
+    files.check_output(
+      output_file,
+      [input_file],
+      overwrite=overwrite,
+      what='OUTPUT_FILE',
+      consent='infer.overwrite=True',
+    )
   known = loading.remembered(trained)
   given = {
     'inputs_length': inputs_length,

@@ -326,7 +326,15 @@ def load(
     trained = load_trained(trained)
   if model is None:
     model = EncoderDecoderModel(base.config(), decode_fn=temperature_sample)
-  words = vocabularies.load_vocabulary(vocabulary or _beside(base))
+  try:
+    words = vocabularies.load_vocabulary(vocabulary or _beside(base))
+  except UserError as error:
+    if vocabulary is not None:
+      raise
+    raise UserError(
+      f'{base.path} has no vocabulary beside it: give vocabulary=, the path of'
+      ' its spiece.model'
+    ) from error
   settings = loading.remembered(trained) | settings
   loaded = loading.load(
     model,

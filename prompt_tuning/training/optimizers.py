@@ -9,6 +9,7 @@ the clipping decides the size of every update. Hence `initial_step`.
 
 from collections.abc import Callable, Mapping, Sequence
 import inspect
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -113,8 +114,21 @@ def adafactor(
 
   Returns:
     An optax transformation whose updates are new value - old value.
+
+  Raises:
+    UserError: a rate that cannot be one.
   """
   stacked_axes = STACKED_AXES if stacked_axes is None else stacked_axes
+  for name, value, below in (
+    ('decay_rate', decay_rate, math.inf),
+    ('clipping_threshold', clipping_threshold, math.inf),
+    ('weight_decay_rate', weight_decay_rate, 1.0),
+    ('beta1', beta1, 1.0),
+  ):
+    if value is not None and not 0 <= value < below:
+      raise UserError(
+        f'adafactor.{name} must be in [0, {below:g}), got {value}'
+      )
 
   def layout_of(path: str, shape: tuple[int, ...]) -> _Layout:
     stacked = [

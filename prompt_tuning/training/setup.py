@@ -50,7 +50,8 @@ def virtual_tokens_of(
   """The virtual tokens of the one method that has some.
 
   Raises:
-    UserError: several have, or two methods are of one collection.
+    UserError: several have, two methods are of one collection, or one cannot
+      stand beside others.
   """
   collections = [method.collection for method in methods]
   for name in collections:
@@ -66,6 +67,14 @@ def virtual_tokens_of(
       f'{" and ".join(found)} both put virtual tokens among the inputs; give'
       ' one of them'
     )
+  others = [n for n in collections if n != parameters.PARAMS]
+  for method in methods:
+    if method.reads_weights and len(others) > 1:
+      raise UserError(
+        f"{method.collection} computes with T5's own weights, past what"
+        f' {", ".join(n for n in others if n != method.collection)} make of'
+        ' them; give it alone'
+      )
   return next(iter(found.values()), None)
 
 

@@ -153,7 +153,8 @@ def load_file(file: str | os.PathLike) -> Trained:
   kind = methods_lib.of_collection(name)
   if kind is None or kind.collection == parameters.PARAMS:
     raise UserError(
-      f'{file} is of method {name!r}, which this version does not have'
+      f'{file} is of method {name!r}, which this version does not have:'
+      ' import the module that has it'
     )
   try:
     facts = {k: _KINDS.get(k, str)(v) for k, v in texts.items()}
@@ -214,7 +215,8 @@ def of_run(
     settings = extra.get('methods', {}).get(collection, {})
     if kind is None:
       raise UserError(
-        f'{model_dir} trained {collection}, of which this version has no method'
+        f'{model_dir} trained {collection}, of which this version has no'
+        ' method: import the module that has it'
       )
     arrays = parameters.unrolled(arrays, layers_axis(kind))
     found.append(Trained(*kind.from_file(arrays, settings, extra), facts))
@@ -258,7 +260,11 @@ def export(
     UserError: no such run or checkpoint, or the folder holds files.
   """
   files.check_output(
-    output_dir, [model_dir], overwrite=overwrite, what='EXPORT_DIR'
+    output_dir,
+    [model_dir],
+    overwrite=overwrite,
+    what='EXPORT_DIR',
+    consent='export.overwrite=True',
   )
   found = of_run(model_dir, step)
   if not found:

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop import conversion
 from prompt_tuning.interop import hugging_face
 from prompt_tuning.interop import hugging_face_writing
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
@@ -290,3 +291,66 @@ def test_logits_equal_those_of_transformers(shared_dir):
     }
     logits = EncoderDecoderModel(config).logits({'params': params}, batch)
     np.testing.assert_allclose(logits, data[f'{name}logits'], atol=1e-4)
+
+
+def rewritten(folder, **changes):
+  hugging_face_writing.save_model(folder, parameters(GATED), 5)
+  file = folder / 'config.json'
+  file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+  return folder
+
+
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    ({'num_heads': 4}, 'num_heads 4, the model has 2'),
+    ({'num_layers': 3}, 'num_encoder_layers 3, the model has 2'),
+    ({'feed_forward_proj': 'gated-silu'}, r"mlp_activations \('silu', 'lin"),
+    ({'relative_attention_max_distance': 64}, 'max_distance 64'),
+    ({'vocab_size': 50}, 'vocab_size 50, the model has 48'),
+  ],
+)
+def test_a_configuration_of_another_network_is_refused(tmp_path, changes, said):
+  base = load_checkpoint(rewritten(tmp_path, **changes))
+  with pytest.raises(UserError, match=said):
+    base.load(GATED)
+
+
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    ({'layer_norm_epsilon': 1e-5}, 'layer_norm_epsilon 1e-05'),
+    ({'feed_forward_proj': 'gated-tanh'}, "feed_forward_proj 'gated-tanh'"),
+    ({'d_kv': 'eight'}, "head_dim 'eight'"),
+  ],
+)
+def test_a_network_that_is_not_ours_is_told_at_once(tmp_path, changes, said):
+  with pytest.raises(UserError, match=said):
+    load_checkpoint(rewritten(tmp_path, **changes))
+
+
+def test_what_shapes_do_not_tell_survives_a_round_trip(tmp_path):
+  stated = {
+    'feed_forward_proj': 'gated-silu',
+    'relative_attention_max_distance': 64,
+    'dropout_rate': 0.25,
+  }
+  rewritten(tmp_path / 'one', **stated)
+  base = load_checkpoint(tmp_path / 'one')
+  assert base.config().mlp_activations == ('silu', 'linear')
+  assert base.config().max_distance == 64
+  conversion.convert([str(tmp_path / 'one')], tmp_path / 'two', 'hugging_face')
+  written = json.loads((tmp_path / 'two' / 'config.json').read_text())
+  assert {name: written[name] for name in stated} == stated
+
+
+def test_a_step_is_asked_for_by_the_name_that_the_user_knows(tmp_path):
+  folder = rewritten(tmp_path / 'one', prompt_tuning_step=None)
+  with pytest.raises(UserError, match='bind load_checkpoint.step'):
+    load_checkpoint(folder)
+  with pytest.raises(UserError, match='give --step'):
+    conversion.convert([str(folder)], tmp_path / 'two', 't5x')
+  with pytest.raises(UserError, match='must be 0 or more, got -1'):
+    conversion.convert([str(folder)], tmp_path / 'two', 't5x', step=-1)
+  with pytest.raises(UserError, match='written over'):
+    conversion.convert([str(folder)], folder, 'hugging_face', overwrite=True)

@@ -432,3 +432,38 @@ def test_the_public_test_checkpoint_is_read_to_the_bit(golden):
     data = np.ascontiguousarray(np.asarray(arrays[name]).astype(dtype))
     digest = hashlib.sha256(data.tobytes()).hexdigest()
     assert digest == next(v for k, v in expected.items() if 'sha256' in k)
+
+
+def array_folder(folder, name='token_embedder.embedding'):
+  return folder / 'checkpoint_1100000' / f'target.{name}'
+
+
+def test_a_missing_chunk_is_no_array_of_zeros(written):
+  folder, _ = written
+  (chunk,) = (f for f in array_folder(folder).iterdir() if f.name != '.zarray')
+  chunk.unlink()
+  base = load_checkpoint(folder)
+  with pytest.raises(
+    UserError, match='cannot read the T5X checkpoint.*missing'
+  ):
+    np.asarray(base.arrays['token_embedder/embedding'])
+
+
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    ({'dtype': '<f8'}, 'of float64, the index says .* of float32'),
+    ({'shape': [48, 17]}, r'has shape \[48, 17\]'),
+    ({'shape': [-1, 16]}, 'cannot read'),
+    ({'chunks': [10**9, 10**9]}, 'GiB, this machine has'),
+  ],
+)
+def test_an_array_that_is_not_what_the_index_says_is_damaged(
+  written, changes, said
+):
+  folder, _ = written
+  file = array_folder(folder) / '.zarray'
+  file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+  base = load_checkpoint(folder)
+  with pytest.raises(UserError, match=said):
+    np.asarray(base.arrays['token_embedder/embedding'])

@@ -8,11 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.base import check_vocabulary
 from prompt_tuning.training.base import fingerprint
 from prompt_tuning.training.base import load_params
 from prompt_tuning.training.checkpoints import Checkpoints
@@ -183,3 +185,36 @@ def test_the_network_is_known_by_its_parameters():
     assert found == dataclasses.replace(wanted, scan_layers=False)
   with pytest.raises(UserError, match='other is no T5: it lacks'):
     BaseCheckpoint('other', 0, {'a': np.zeros(3)}).config()
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name():
+  like = network.parameter_shapes(config())
+  params = parameters.flatten(draw(like))
+  path = 'encoder/layers_1/mlp/wo/kernel'
+  for bad in (np.nan, np.inf):
+    params[path] = np.array(params[path])
+    params[path][3, 2] = bad
+    for dtype in ('float32', 'bfloat16'):
+      base = BaseCheckpoint('one', 5, params)
+      with pytest.raises(
+        UserError, match=f'one has weights .* finite in {path}'
+      ):
+        load_params(base, like, dtype=dtype)
+
+
+def test_a_vocabulary_is_known_by_its_digest(caplog, tmp_path):
+  mini = load_vocabulary('t5_1_1_mini')
+  base = load_checkpoint('t5_1_1_mini')
+  check_vocabulary(mini, base)
+  with pytest.raises(UserError, match='another vocabulary than byt5'):
+    check_vocabulary(load_vocabulary('byt5'), base)
+  check_vocabulary(load_vocabulary('byt5'), base, strict=False)
+  assert 'another vocabulary' in caplog.text
+  caplog.clear()
+  moved = dataclasses.replace(base, path=str(tmp_path))
+  check_vocabulary(mini, moved)
+  assert not caplog.text
+  check_vocabulary(load_vocabulary('byt5'), moved)  # nobody knows: a loud line
+  assert "259 pieces, the model 8192 rows: is it the model's" in caplog.text
+  with pytest.raises(UserError, match='the prompt was trained with another'):
+    check_vocabulary(mini, moved, {'the prompt': 'f' * 64})
