@@ -7,12 +7,14 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import os
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import traceback
 from typing import Any
@@ -32,6 +34,8 @@ COMMANDS = {
   'convert': 'write a model or a prompt in another format',
   'inspect': 'say what is in models and prompts',
   'diff': 'say how two models or prompts differ',
+  'show': 'show what a task feeds to the model, and how long its texts are',
+  'completion': 'print what makes bash complete these words',
 }
 
 
@@ -87,7 +91,8 @@ Usage: prompt-tuning COMMAND FILE ... NAME=VALUE ...
 
 {}
 
-prompt-tuning COMMAND --help shows an example."""
+prompt-tuning COMMAND --help shows an example. FILEs there are:
+{}"""
 # sysexits.h: an internal fault of the program.
 _BUG = 70
 _JOB_FLAGS = ('--coordinator_address', '--num_processes', '--process_id')
@@ -209,11 +214,26 @@ def call(name: str, arguments: Sequence[str]) -> Any:
     raise ConfigurationError(
       f'--{next(iter(job))} is for jobs of train, eval and infer'
     )
-  function = configuration.configure(command.function, request)
+  with _saying(f'prompt-tuning {name}: loading libraries'):
+    function = configuration.configure(command.function, request)
   with lost:
     result = command.finish(function())
   # Of a job, one process prints.
   return result if not command.over_processes or hosts.is_primary() else None
+
+
+@contextlib.contextmanager
+def _saying(what: str) -> Iterator[None]:
+  """Says on stderr what goes on, if it takes a while."""
+  said = threading.Timer(
+    0.7, functools.partial(print, what, file=sys.stderr, flush=True)
+  )
+  said.daemon = True
+  said.start()
+  try:
+    yield
+  finally:
+    said.cancel()
 
 
 def _guarded(work: Callable[[], int], fault: int = 1) -> int:
@@ -284,8 +304,6 @@ def _configured(name: str, arguments: Sequence[str]) -> int:
     print(_FLAGS_HELP)
     return 0 if arguments else 2
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  # The libraries take seconds to load, on a busy machine minutes.
-  print(f'prompt-tuning {name}: loading libraries', file=sys.stderr, flush=True)
   if not CONFIGURED[name].over_processes:
     return _run(name, arguments)
   from prompt_tuning.training import hosts
@@ -418,11 +436,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _BUG
 
 
+def _gin_files() -> Iterator[str]:
+  """Lines on the package's gin files, a folder each."""
+  folders: dict[str, list[str]] = {}
+  for name in gin_files.shipped():
+    folder, _, file = name.partition('/')
+    if folder != 'wiring':  # files include these
+      folders.setdefault(folder, []).append(file)
+  for folder, names in folders.items():
+    yield from textwrap.wrap(
+      ' '.join(names),
+      78,
+      initial_indent=f'  {folder}/ ',
+      subsequent_indent='    ',
+    )
+
+
+_COMPLETION = """\
+# prompt-tuning completion has bash complete its words, here or in ~/.bashrc:
+# source <(prompt-tuning completion)
+complete -o default -W '{}' prompt-tuning"""
+
+
 def _main(arguments: Sequence[str]) -> int:
   command, *rest = arguments or ['']
   if command in ('', '--help', '-h', 'help'):
-    commands = [f'  {name:8}{text}' for name, text in COMMANDS.items()]
-    print(_HELP.format(prompt_tuning.__version__, '\n'.join(commands)))
+    commands = [f'  {name:12}{text}' for name, text in COMMANDS.items()]
+    print(
+      _HELP.format(
+        prompt_tuning.__version__, '\n'.join(commands), '\n'.join(_gin_files())
+      )
+    )
     return 0 if command else 2
   if command == '--version':
     print(prompt_tuning.__version__)
@@ -431,6 +475,13 @@ def _main(arguments: Sequence[str]) -> int:
     return _configured(command, rest)
   if command in _OF_FILES:
     return _of_files(command, rest)
+  if command == 'show':
+    from prompt_tuning.data import show
+
+    return _guarded(lambda: show.main(rest))
+  if command == 'completion':
+    print(_COMPLETION.format(' '.join([*COMMANDS, *gin_files.shipped()])))
+    return 0
   near = gin_files.nearest(command, COMMANDS)
   commands = f'commands are {", ".join(COMMANDS)}'
   print(f'error: {command} is not a command{near}; {commands}', file=sys.stderr)

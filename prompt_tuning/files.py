@@ -8,10 +8,13 @@ over, and a result only where `overwrite` says so.
 from collections.abc import Iterable, Iterator
 import contextlib
 import errno
+import glob
 import os
 import pathlib
 import secrets
 import select
+import shutil
+import socket
 import threading
 import time
 from typing import IO
@@ -191,7 +194,10 @@ def beside(path: str | os.PathLike) -> Iterator[epath.Path]:
     if path.exists() and not pathlib.Path(path).is_file():
       yield path
       return
-  token = f'{os.getpid()}-{secrets.token_hex(4)}'
+  host = socket.gethostname()
+  if '://' not in os.fspath(path):
+    _sweep(path, host)
+  token = f'{host}.{os.getpid()}.{secrets.token_hex(4)}'
   unfinished = path.parent / f'{path.name}.{token}{UNFINISHED}'
   try:
     yield unfinished
@@ -200,7 +206,20 @@ def beside(path: str | os.PathLike) -> Iterator[epath.Path]:
     unfinished.replace(path)
   finally:
     with contextlib.suppress(OSError):
+      if unfinished.is_dir():
+        unfinished.rmtree()
       unfinished.unlink(missing_ok=True)
+
+
+def _sweep(path: epath.Path, host: str) -> None:
+  """Takes away what killed processes of this machine left of a file."""
+  for left in pathlib.Path(path).parent.glob(
+    f'{glob.escape(f"{path.name}.{host}")}.*{UNFINISHED}'
+  ):
+    process = left.name.split('.')[-3]
+    if process.isdigit() and not pathlib.Path(f'/proc/{process}').exists():
+      if pathlib.Path('/proc/self').exists():
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,15 @@ def configs_folder() -> pathlib.Path:
   return installed if installed.is_dir() else package.parent / 'configs'
 
 
+def shipped() -> list[str]:
+  """The package's gin files, 'models/t5_1_1_base' and so on."""
+  own = configs_folder()
+  return sorted(
+    path.relative_to(own).with_suffix('').as_posix()
+    for path in own.rglob('*.gin')
+  )
+
+
 def find_file(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
   """The gin file of that name: here, in the search paths, in the package.
 
@@ -112,13 +121,11 @@ def find_file(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
     for spelling in (name, f'{name}.gin', short, f'{short}.gin'):
       if (path := pathlib.Path(folder) / spelling).is_file():
         return path
-  shipped = [path.relative_to(own).as_posix() for path in own.rglob('*.gin')]
-  if not name.endswith('.gin'):
-    shipped = [file.removesuffix('.gin') for file in shipped]
+  ending = '.gin' if name.endswith('.gin') else ''
+  there = [f'{file}{ending}' for file in shipped()]
   searched = ', '.join(['.', *search_paths, "the package's configs"])
   raise ConfigurationError(
-    f'gin file {name} is not found{nearest(short, shipped)}; searched: '
-    f'{searched}'
+    f'gin file {name} is not found{nearest(short, there)}; searched: {searched}'
   )
 
 

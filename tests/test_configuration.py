@@ -3,11 +3,16 @@
 from collections.abc import Callable
 import dataclasses
 import itertools
+import os
 import pathlib
 import re
+import signal
+import subprocess
 import sys
+import time
 
 import gin
+import optax
 import pytest
 
 from prompt_tuning import cli
@@ -15,6 +20,8 @@ from prompt_tuning import configuration
 from prompt_tuning import gin_files
 from prompt_tuning.errors import RestartError
 from prompt_tuning.errors import UserError
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -635,3 +642,62 @@ def test_help_is_the_head_of_the_commands_own_file(capsys):
   printed = capsys.readouterr().out
   assert 'Bakes.\n\n  bake bread\n' in printed and 'Not the' not in printed
   assert '--gin_search_paths' in printed
+
+
+def test_a_bug_is_a_line_for_a_shell_and_its_traceback_a_file(
+  capsys, monkeypatch
+):
+  monkeypatch.setitem(cli.CONFIGURED, 'bake', raising(ZeroDivisionError('x')))
+  words = ['prompt-tuning', 'bake', bread(), 'MINUTES=4']
+  monkeypatch.setattr(sys, 'argv', words)
+  assert cli.main() == 70
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ZeroDivisionError: x (a fault of prompt_tuni')
+  file = pathlib.Path(re.search(r'; (\S+) says where', line)[1])
+  assert 'Traceback' in file.read_text()
+  file.unlink()
+
+
+def test_sigterm_ends_a_command_with_a_line(capsys, monkeypatch):
+  def finish(result):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)  # the signal comes first
+
+  command = dataclasses.replace(cli.CONFIGURED['bake'], finish=finish)
+  monkeypatch.setitem(cli.CONFIGURED, 'bake', command)
+  before = signal.getsignal(signal.SIGTERM)
+  assert cli.main(['bake', bread(), 'MINUTES=4']) == 75
+  assert 'stopped by SIGTERM' in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_closed_pipe_is_no_fault():
+  words = f'{sys.executable} -m prompt_tuning inspect t5_1_1_mini --arrays'
+  done = subprocess.run(
+    ['bash', '-c', f'set -o pipefail; {words} | head -1'],
+    capture_output=True,
+    cwd=REPOSITORY,
+    text=True,
+  )
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout.startswith('t5_1_1_mini: model, 6,098,176 parameters')
+
+
+def test_help_and_completion_name_commands_and_files(capsys):
+  assert cli.main(['--help']) == 0
+  printed = capsys.readouterr().out
+  assert '  show ' in printed and 'tasks/ bbc_topics' in printed
+  assert cli.main(['completion']) == 0
+  words = capsys.readouterr().out
+  assert ' models/t5_1_1_mini ' in words and "-W 'train eval" in words
+  assert not subprocess.run(['bash', '-n'], input=words, text=True).returncode
+
+
+def test_what_one_file_binds_in_place_of_another_leaves_that_unused():
+  write('wiring.gin', 'bake.mixer = @whisk')
+  file = write('run.gin', "include 'wiring.gin'", 'whisk.speed = 2.0')
+  write('own.gin', 'bake.mixer = @optax.identity')
+  words = (bread(), 'MINUTES=1')
+  assert run(*words, file)['mixer'] == 'whisked at 2.0 in None'
+  assert isinstance(run(*words, file, 'own')['mixer'], type(optax.identity()))
+  assert 'nothing that bake calls' in fault(*words, 'own', 'whisk.speed=1.0')

@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import socket
 import stat
+import subprocess
 import threading
 
 import pytest
@@ -110,3 +112,20 @@ def test_devices_and_links_stay(tmp_path):
   with files.replacing(link) as file:
     file.write('x')
   assert link.is_symlink() and target.read_text() == 'x'
+
+
+def test_what_killed_processes_left_is_taken_away(tmp_path):
+  path = tmp_path / 'file'
+  host = socket.gethostname()
+  ended = subprocess.Popen(['true'])
+  ended.wait()
+  left = tmp_path / f'file.{host}.{ended.pid}.ab{files.UNFINISHED}'
+  others = [
+    tmp_path / f'file.{host}.{os.getpid()}.ab{files.UNFINISHED}',
+    tmp_path / f'file.elsewhere.{ended.pid}.ab{files.UNFINISHED}',
+  ]
+  for one in (left, *others):
+    one.write_text('x')
+  with files.replacing(path) as file:
+    file.write('x')
+  assert sorted(tmp_path.iterdir()) == sorted([path, *others])

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import gin
 import jax
@@ -20,6 +21,7 @@ from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.interop.prompts import save_prompt
 from prompt_tuning.models import model as model_lib
 from prompt_tuning.models import network
+from prompt_tuning.training import setup
 
 BASE_STEP = 40
 
@@ -105,7 +107,8 @@ def infer_arguments(folder, output, vocabulary, *more, **macros):
   } | macros
   files = [f'--gin_file={folder}/model.gin', '--gin_file=runs/infer.gin']
   labels = ["--gin.infer.labels=['good', 'dull']"]
-  return ['infer', *files, *labels, *bind(**macros), *more]
+  quiet = ['infer.progress=False', 'infer.overwrite=True']
+  return ['infer', *files, *labels, *quiet, *bind(**macros), *more]
 
 
 @pytest.fixture(scope='module')
@@ -437,3 +440,95 @@ def test_the_console_command_names_its_commands(capsys):
   capsys.readouterr()
   assert cli.main(['trian']) == 2
   assert 'did you mean train?' in capsys.readouterr().err
+
+
+def test_what_may_change_lets_a_run_go_on(folder, tmp_path):
+  few = train_arguments(folder, tmp_path, TRAIN_STEPS_RELATIVE=1)
+  assert cli.main(few) == 0
+  gin.clear_config()
+  more = train_arguments(
+    folder, tmp_path, 'train.log_period=1', TRAIN_STEPS_RELATIVE=2
+  )
+  assert cli.main(more) == 0
+  steps = [path.name for path in (tmp_path / 'checkpoints').iterdir()]
+  assert str(BASE_STEP + 2) in steps
+
+
+def test_a_finished_run_does_not_give_old_results_as_new(run, folder, capsys):
+  before = (run / 'config.gin').read_text()
+  arguments = train_arguments(
+    folder, run, 'train.learning_rate=0.1', TRAIN_STEPS_RELATIVE=2
+  )
+  assert 'another learning_rate: 0.3, this one has 0.1' in fault(
+    capsys, arguments
+  )
+  assert (run / 'config.gin').read_text() == before
+
+
+def test_a_best_metric_that_nobody_measures_is_told_before_a_step(
+  folder, tmp_path, capsys
+):
+  arguments = train_arguments(
+    folder,
+    tmp_path,
+    'train.validation_data=@TokenArrayData()',
+    'train.best_metric=validation/los',
+    TRAIN_STEPS_RELATIVE=2,
+  )
+  message = fault(capsys, arguments)
+  assert 'did you mean validation/loss?' in message
+  assert not list((tmp_path / 'checkpoints').iterdir())
+
+
+def test_equal_runs_leave_equal_bytes(folder, tmp_path):
+  made = []
+  for name in 'ab':
+    home = tmp_path / name
+    assert not cli.main(train_arguments(folder, home, TRAIN_STEPS_RELATIVE=2))
+    gin.clear_config()
+    made.append((home / 'prompt' / 'prompt.safetensors').read_bytes())
+  assert made[0] == made[1]
+
+
+def test_what_is_measured_in_gigabytes_is_refused_in_time(
+  folder, tmp_path, capsys
+):
+  arguments = train_arguments(
+    folder, tmp_path, TRAIN_STEPS_RELATIVE=2, PROMPT_LENGTH=10**9
+  )
+  assert 'GiB a device, which has' in fault(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+  'binding, words',
+  [
+    ('train.seed=4294967296', 'seed must be from 0'),
+    ('train.seed=-1', 'seed must be from 0'),
+    ('train.learning_rate=-0.1', 'learning_rate must be 0 or more'),
+    ('T5Config.num_heads=0', 'num_heads must be 1 or more'),
+    ('T5Config.dropout_rate=1.5', r'dropout_rate must be in [0, 1)'),
+    ('adafactor.decay_rate=-1.0', 'decay_rate must be in [0, inf)'),
+    ('TokenArrayData.batch_size=-2', 'batch_size must be 1 or more'),
+    ('MODEL_DIR=http://a', 'http:// cannot be read or written'),
+    ('INITIAL_CHECKPOINT_PATH=s3://a/b', 's3:// cannot be read'),
+  ],
+)
+def test_a_value_out_of_range_is_a_line(
+  folder, tmp_path, capsys, binding, words
+):
+  arguments = train_arguments(folder, tmp_path, TRAIN_STEPS_RELATIVE=2)
+  arguments += ['train.optimizer=@adafactor', binding]
+  macro = binding.partition('=')[0]
+  arguments = [a for a in arguments if not a.startswith(f'--gin.{macro}=')]
+  assert words in fault(capsys, arguments)
+
+
+def test_a_full_disk_is_told_before_the_first_step(
+  folder, tmp_path, capsys, monkeypatch
+):
+  usage = types.SimpleNamespace(free=100)
+  monkeypatch.setattr(setup.shutil, 'disk_usage', lambda path: usage)
+  message = fault(
+    capsys, train_arguments(folder, tmp_path, TRAIN_STEPS_RELATIVE=2)
+  )
+  assert 'GiB free, two checkpoints of this run take' in message

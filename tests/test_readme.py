@@ -143,7 +143,9 @@ def test_every_command_and_example_of_the_readme_runs(tmp_path, monkeypatch):
   use, own_task, train = blocks('python')
   run_python(use)
   (tmp_path / 'my_tasks.py').write_text(own_task)
-  rows = '{"text": "Fine.", "label": 1}\n{"text": "Dull.", "label": "bad"}\n'
+  rows = (
+    '{"text": "Fine.", "label": "good"}\n{"text": "Dull.", "label": "bad"}\n'
+  )
   for name in ('train', 'dev'):
     (tmp_path / f'{name}.jsonl').write_text(rows)
   run_python(

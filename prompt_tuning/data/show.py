@@ -1,6 +1,6 @@
 """Shows what a task feeds to the model, and how long its texts are.
 
-  python -m prompt_tuning.data.show taskless_super_glue_rte_v102 \\
+  prompt-tuning show taskless_super_glue_rte_v102 \\
       --vocabulary t5_1_1_mini --prompt_length 20 --inputs 128 --targets 8
 
 Prints formatted examples with their ids, virtual tokens marked, and for inputs
@@ -169,7 +169,7 @@ def throughput(arguments: argparse.Namespace, batches: int = 300) -> str:
 def parser() -> argparse.ArgumentParser:
   """The command line."""
   result = argparse.ArgumentParser(
-    prog='python -m prompt_tuning.data.show',
+    prog='prompt-tuning show',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -211,7 +211,7 @@ def label_pieces(
       vocabulary cannot write so that they come back.
   """
   if isinstance(labels, str) or len(labels) < 2:
-    raise UserError(f'{who}: labels needs two words or more, got {labels!r}')
+    raise UserError(f'{who}: labels needs two strings or more, got {labels!r}')
   rows = []
   for number, label in enumerate(labels):
     if not isinstance(label, str) or not label.strip():

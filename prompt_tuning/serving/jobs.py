@@ -167,7 +167,6 @@ def infer(
       seed=seed,
       **settings,
     )
-    _say(loaded)
     # Of a job one process writes; the others only work along.
     output = stack.enter_context(
       _output(output_file) if hosts.is_primary() else open(os.devnull, 'w')
@@ -176,6 +175,8 @@ def infer(
     waiting, kept = itertools.tee(itertools.chain(first, waiting))
     made = predictor.records((text for _, text in waiting), labels)
     for record, (fields, _) in zip(made, kept):
+      if not counts['examples']:
+        _say(loaded)
       output.write(_line(fields, record))
       output.flush()
       counts['examples'] += 1
@@ -192,7 +193,7 @@ def _tell_differences(
 ) -> None:
   """Says where texts do not look as they did in training."""
   for name, trained_with in known.items():
-    if settings[name] != trained_with:
+    if settings.get(name, trained_with) != trained_with:
       show.say(
         f'note: trained with {name} {trained_with!r}, asked for'
         f' {settings[name]!r}'
@@ -238,6 +239,11 @@ def evaluate(
   Raises:
     UserError: base, prompt, task or folder are at fault.
   """
+  show = reporting.Progress(silent=not hosts.is_primary())
+  task = evaluation.task
+  lengths = {f'{part}_length': n for part, n in task.feature_lengths.items()}
+  asked = {**lengths, 'target_sentinel': task.target_sentinel}
+  _tell_differences(loading.remembered(trained), asked, show)
   folder = files.place(output_dir)
   if (folder / 'checkpoints').exists():
     raise UserError(
@@ -245,19 +251,21 @@ def evaluate(
       f' as {folder / "eval_test"}'
     )
   vocabulary = None
-  if evaluation.task.vocabulary is not None:
-    vocabulary = vocabularies.load_vocabulary(evaluation.task.vocabulary)
+  if task.vocabulary is not None:
+    vocabulary = vocabularies.load_vocabulary(task.vocabulary)
+  show.say(f'reading the base {base.path}')
   loaded = loading.load_for_job(
     model,
     base,
     trained,
     partitioner,
-    evaluation.task.feature_lengths,
+    task.feature_lengths,
     evaluation.batch_size,
     dtype=dtype,
     check_fingerprint=check_fingerprint,
     vocabulary=vocabulary,
   )
+  show.say('reading the data')
   evaluator = evaluation.build(
     loaded.model, loaded.virtual_tokens, output_dir, loaded.layout
   )

@@ -8,6 +8,7 @@ method has one array, a .npy file beside it holds the numbers alone.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
 import json
 import os
 from typing import Any
@@ -113,6 +114,7 @@ def save_trained(
     facts = {
       'method': method.collection,
       'settings': json.dumps(method.settings()),
+      'digest': _digest(arrays),
       **facts,
     }
   facts = {
@@ -142,6 +144,15 @@ def save_trained(
   return written
 
 
+def _digest(arrays: Mapping[str, Any]) -> str:
+  """Of all values of a method's arrays."""
+  digest = hashlib.sha256()
+  for name in sorted(arrays):
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+  return digest.hexdigest()[:16]
+
+
 def load_file(file: str | os.PathLike) -> Trained:
   """Reads what `save_trained` wrote, and prompts of earlier versions.
 
@@ -160,6 +171,8 @@ def load_file(file: str | os.PathLike) -> Trained:
     facts = {k: _KINDS.get(k, str)(v) for k, v in texts.items()}
     settings = json.loads(facts.pop('settings', '{}'))
     facts.pop('method', None)
+    if facts.pop('digest', None) not in (None, _digest(arrays)):
+      raise ValueError('its values have changed since it was written')
     method, arrays = kind.from_file(arrays, settings, facts)
   except (ValueError, TypeError, KeyError) as error:
     raise UserError(

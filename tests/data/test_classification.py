@@ -123,3 +123,26 @@ def test_the_majority_class_is_that_of_training_and_scored_on_the_test_split(
   assert result['majority_share'] == 75.0
   # F1 of negative is 0, of positive 2 * 0.25 / 1.25.
   assert result['macro_f1'] == pytest.approx(100 * 0.4 / 2)
+
+
+def test_a_split_of_one_label_is_told(register, caplog):
+  rows = [{'text': 'a', 'label': 'negative'}] * 3
+  task = register('cls_one', {'train': rows})
+  task.source.rows('train')
+  assert "all 3 rows have the label 'negative'" in caplog.text
+
+
+@pytest.mark.parametrize('name', ['a b', 'a/b', '', 5])
+def test_a_task_has_a_name(tiny_vocabulary, name):
+  with pytest.raises(UserError, match='called by letters, digits and _'):
+    register_classification_task(
+      name, {'train': []}, labels=('a', 'b'), vocabulary=tiny_vocabulary
+    )
+
+
+@pytest.mark.parametrize('labels', [(1, 2), ('a', ''), ('a', None)])
+def test_labels_are_words(tiny_vocabulary, labels):
+  with pytest.raises(UserError, match='two or more different words'):
+    register_classification_task(
+      'cls_words', {'train': []}, labels=labels, vocabulary=tiny_vocabulary
+    )

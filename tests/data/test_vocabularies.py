@@ -185,3 +185,28 @@ def test_bytes_are_those_of_seqios_byte_vocabulary():
   ]
   with pytest.raises(UserError, match='has 259 ids'):
     ours.piece(259)
+
+
+@pytest.mark.parametrize(
+  'labels, said',
+  [
+    (['good', 'good'], "'good' is given twice"),
+    (['good', ''], "labels are words, got ''"),
+    (['good', 5], 'labels are words, got 5'),
+    (['good'], 'needs two strings or more'),
+    ('good', 'needs two strings or more'),
+    (['good', '\u2603'], 'cannot write the label'),
+    (['good', 'good '], 'alike'),
+  ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(labels, said):
+  vocabulary = vocabularies.load_vocabulary('t5_1_1_mini')
+  with pytest.raises(UserError, match=said):
+    vocabularies.label_pieces(vocabulary, labels, 'task a')
+
+
+def test_labels_are_their_pieces():
+  vocabulary = vocabularies.load_vocabulary('t5_1_1_mini')
+  labels = ['entailment', 'not_entailment']
+  rows = vocabularies.label_pieces(vocabulary, labels, 'task a')
+  assert [vocabulary.decode(row) for row in rows] == labels

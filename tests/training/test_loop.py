@@ -361,6 +361,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
       {'methods': (PROMPT, PerLayerPrompt())},
       'prompt and per_layer both put virtual tokens',
     ),
+    (
+      {'methods': (PerLayerPrompt(2), Lora(2))},
+      'per_layer computes with .* past what lora make of them; give it alone',
+    ),
     ({'methods': (Lora(targets=('q',)),)}, 'name no projection'),
     (
       {'train_steps': 1000, 'train_steps_relative': None},
