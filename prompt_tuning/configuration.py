@@ -29,6 +29,7 @@ from prompt_tuning.gin_files import ConfigurationError
 from prompt_tuning.gin_files import Request
 from prompt_tuning.gin_files import nearest
 from prompt_tuning.gin_files import references
+from prompt_tuning.training import identity
 
 # Where the functions and classes that gin may name live. Methods and their
 # initialisers are found in `methods`, `@optax.<name>` in optax.
@@ -91,10 +92,23 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
   lines = [f'{b} = {b.value!r}' for b in usage.bindings if str(b) in usage.used]
   gin.parse_config('\n'.join([*imports, *lines]))
   gin.finalize()
+  _note_bound(usage.bindings)
   call = gin.get_configurable(f'prompt_tuning.{function}')
   if 'resolved_config' in _parameters(function):
     return functools.partial(call, resolved_config=resolved_config)
   return call
+
+
+def _note_bound(bindings: Sequence[Binding]) -> None:
+  """Lets functions that are handed on uncalled say what gin binds of them."""
+  for binding in bindings:
+    for reference in references(binding.value):
+      if reference.startswith('@') and not reference.endswith('()'):
+        *scopes, name = reference.path
+        full = name if '.' in name else f'prompt_tuning.{name}'
+        if not scopes and name in _KNOWN_TO_GIN:
+          bound = gin.get_bindings(full)
+          setattr(gin.get_configurable(full), identity.BOUND, bound)
 
 
 def resolved_config() -> str:

@@ -532,3 +532,12 @@ def test_a_full_disk_is_told_before_the_first_step(
     capsys, train_arguments(folder, tmp_path, TRAIN_STEPS_RELATIVE=2)
   )
   assert 'GiB free, two checkpoints of this run take' in message
+
+
+def test_a_function_is_known_by_what_is_bound_of_it(folder, tmp_path, capsys):
+  words = ['EncoderDecoderModel.decode_fn=@temperature_sample']
+  few = train_arguments(folder, tmp_path, *words, TRAIN_STEPS_RELATIVE=1)
+  assert not cli.main([*few, 'temperature_sample.topk=4'])
+  gin.clear_config()
+  message = fault(capsys, [*few, 'temperature_sample.topk=5'])
+  assert 'another model decode_fn topk: 4, this one has 5' in message
