@@ -21,7 +21,7 @@ from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.interop.prompts import save_prompt
 from prompt_tuning.models import model as model_lib
 from prompt_tuning.models import network
-from prompt_tuning.training import setup
+from prompt_tuning.training import checks
 
 BASE_STEP = 40
 
@@ -527,7 +527,7 @@ def test_a_full_disk_is_told_before_the_first_step(
   folder, tmp_path, capsys, monkeypatch
 ):
   usage = types.SimpleNamespace(free=100)
-  monkeypatch.setattr(setup.shutil, 'disk_usage', lambda path: usage)
+  monkeypatch.setattr(checks.shutil, 'disk_usage', lambda path: usage)
   message = fault(
     capsys, train_arguments(folder, tmp_path, TRAIN_STEPS_RELATIVE=2)
   )

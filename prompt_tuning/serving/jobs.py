@@ -5,6 +5,7 @@ Inference on texts needs neither TensorFlow nor a seqio task.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -110,14 +111,13 @@ def infer(
       consent='infer.overwrite=True',
     )
   known = loading.remembered(trained)
-  given = {
+  asked = {
     'inputs_length': inputs_length,
     'targets_length': targets_length,
     'template': template,
   }
-  settings = known | {k: v for k, v in given.items() if v is not None}
+  settings = known | {k: v for k, v in asked.items() if v is not None}
   _tell_differences(known, settings, show)
-  filled = Template(settings.pop('template', None) or '{text}')
   for part, length in (('inputs', 512), ('targets', 32)):
     settings.setdefault(f'{part}_length', length)
   words = vocabularies.load_vocabulary(vocabulary)
@@ -128,19 +128,14 @@ def infer(
   if labels is not None:
     vocabularies.label_pieces(words, labels, 'infer.labels')
   with contextlib.ExitStack() as stack:
-    reopen, input_format = _input(input_file, input_format, show, stack)
-
-    def texts() -> Iterator[tuple[dict[str, Any], str]]:
-      """(fields to keep, the model's input) of each record, from the start."""
-      is_text = input_format == 'text'
-      for place, record in read_records(
-        reopen(), input_format, input_file, columns
-      ):
-        # The training's template takes a plain text, whatever its field.
-        plain = is_text and template is None
-        given = record['text'] if plain else record
-        yield {} if is_text else record, filled.input_of(given, place)
-
+    texts = functools.partial(
+      _texts,
+      *_input(input_file, input_format, show, stack),
+      input_file,
+      columns,
+      Template(settings.pop('template', None) or '{text}'),
+      template is None,
+    )
     # A file is looked at whole before a model is read.
     total = sum(1 for _ in texts()) if os.path.isfile(input_file) else None
     waiting = texts()
@@ -184,6 +179,24 @@ def infer(
       if counts['examples'] % batch_size == 0:
         show.count(counts['examples'], total, 'texts')
   return {**counts, 'output': output_file}
+
+
+def _texts(
+  reopen: Callable[[], Iterable[str]],
+  input_format: str,
+  name: str,
+  columns: Sequence[str] | None,
+  template: Template,
+  is_remembered: bool,
+) -> Iterator[tuple[dict[str, Any], str]]:
+  """(fields to keep, the model's input) of each record, from the start.
+
+  The training's template takes a plain text, whatever its field.
+  """
+  is_text = input_format == 'text'
+  for place, record in read_records(reopen(), input_format, name, columns):
+    given = record['text'] if is_text and is_remembered else record
+    yield {} if is_text else record, template.input_of(given, place)
 
 
 def _tell_differences(

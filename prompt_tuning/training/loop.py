@@ -23,13 +23,13 @@ from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import batches as batches_lib
 from prompt_tuning.training import best as best_lib
+from prompt_tuning.training import checks
 from prompt_tuning.training import hosts
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import reporting
 from prompt_tuning.training import setup
 from prompt_tuning.training import trained as trained_lib
 from prompt_tuning.training.base import BaseCheckpoint
-from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.evaluator import Evaluation
 from prompt_tuning.training.mesh_choice import Partitioner
@@ -157,18 +157,18 @@ def train(
     'checkpoint_period': checkpoint_period,
     'log_period': log_period,
   }
-  setup.check_positive(
+  checks.positive(
     **periods, microbatches=microbatches, validation_batches=validation_batches
   )
-  setup.check_seed(seed)
+  checks.seed_in_range(seed)
   if model is None:
     if base is None:
       raise UserError('train needs a model, or a base to know it by')
     model = EncoderDecoderModel(base.config())
   virtual_tokens = setup.virtual_tokens_of(methods, model.config)
-  setup.check(model, data, base, methods, learning_rate)
+  checks.settings(model, data, base, methods, learning_rate)
   first_step = base.step if base is not None else 0
-  last_step = setup.last_step(first_step, train_steps_relative, train_steps)
+  last_step = checks.last_step(first_step, train_steps_relative, train_steps)
   model_dir = setup.made(model_dir)
   model = dataclasses.replace(model, methods=tuple(methods))
   layout, reason = setup.layout(
@@ -193,57 +193,38 @@ def train(
       validation_batches,
       evaluation,
     )
-    setup.check_metric(selection, evaluators)
+    checks.metric_is_measured(selection, evaluators)
     show.say(f'reading the base {base.path}' if base else 'drawing the base')
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    trainable, frozen, axes = setup.variables(
-      model, data, base, init_key, frozen_dtype, layout
-    )
-    record = setup.run_record(
+    start = setup.begin(
       model,
       data,
       base,
-      trainable,
-      seed,
-      selection,
       layout,
-      # Its rate is told by itself.
-      optimizer=optimizers.build_optimizer(optimizer, 0.0, first_step, axes),
+      checkpoints,
+      model_dir,
+      seed=seed,
+      selection=selection,
+      optimizer=optimizer,
       learning_rate=learning_rate,
       microbatches=microbatches,
-      frozen_dtype=storage_dtype(frozen_dtype),
+      frozen_dtype=frozen_dtype,
       evaluation=evaluation,
       validation_data=validation_data,
       validation_batches=validation_batches,
     )
-    tx = optimizers.build_optimizer(optimizer, learning_rate, first_step, axes)
-    state, shardings = setup.first_state(
-      trainable, tx, first_step, layout, axes
+    prefetch = setup.prefetched(
+      data, model, virtual_tokens, start.record, layout
     )
-    del trainable  # the first step takes their buffers over
-    setup.check_disk(model_dir, state)
-    resumed = setup.resumed_step(checkpoints, model_dir)
-    if resumed is not None:
-      record = record.resumed(checkpoints.extra(resumed), model_dir)
-      state, _ = checkpoints.restore(resumed, state)
-    prefetch = setup.prefetched(data, model, virtual_tokens, record, layout)
     stack.callback(prefetch.close)
-    writer = reporting.MetricsWriter(model_dir, int(state.step), silent=silent)
+    writer = reporting.MetricsWriter(
+      model_dir, int(start.state.step), silent=silent
+    )
     stack.callback(writer.close)
     run = _Run(
-      state=state,
-      frozen=frozen,
-      record=record,
-      step_fn=setup.step_function(
-        model,
-        tx,
-        learning_rate,
-        run_key,
-        layout,
-        microbatches,
-        shardings,
-        first_step,
-      ),
+      state=start.state,
+      frozen=start.frozen,
+      record=start.record,
+      step_fn=start.step_fn,
       evaluators=evaluators,
       checkpoints=checkpoints,
       writer=writer,
@@ -253,7 +234,7 @@ def train(
       patience=selection.patience,
       **periods,
     )
-    run.announce(layout, reason, resumed, lock.remark)
+    run.announce(layout, reason, start.resumed, lock.remark)
     if resolved_config is not None and hosts.is_primary():
       with files.replacing(model_dir / 'config.gin') as file:
         file.write(resolved_config())

@@ -1,11 +1,9 @@
-"""What a run does before its first step: checks, variables, state, data."""
+"""What a run does before its first step: variables, state, record, data."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import math
 import os
-import shutil
 from typing import Any
 
 from etils import epath
@@ -25,17 +23,16 @@ from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import batches as batches_lib
 from prompt_tuning.training import best as best_lib
+from prompt_tuning.training import checks
 from prompt_tuning.training import hosts
 from prompt_tuning.training import identity
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
 from prompt_tuning.training.base import BaseCheckpoint
-from prompt_tuning.training.base import check_vocabulary
 from prompt_tuning.training.base import fingerprint
 from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.evaluator import Evaluation
-from prompt_tuning.training.evaluator import Evaluator
 from prompt_tuning.training.mesh_choice import Partitioner
 from prompt_tuning.training.mesh_choice import Workload
 from prompt_tuning.training.run_record import RunRecord
@@ -76,100 +73,6 @@ def virtual_tokens_of(
         ' them; give it alone'
       )
   return next(iter(found.values()), None)
-
-
-def check_positive(**settings: int) -> None:
-  """Raises UserError for the first setting below 1."""
-  for name, value in settings.items():
-    if value < 1:
-      raise UserError(f'{name} must be 1 or more, got {value}')
-
-
-def check_seed(seed: int) -> None:
-  """Raises UserError for a seed of which JAX would take the last bits."""
-  if not 0 <= seed < 2**32:
-    raise UserError(f'seed must be from 0 to {2**32 - 1}, got {seed}')
-
-
-def check(
-  model: EncoderDecoderModel,
-  data: batches_lib.TrainData,
-  base: BaseCheckpoint | None,
-  methods: Sequence[Method],
-  learning_rate: float | optimizers.Schedule,
-) -> None:
-  """Contradictions that would only show after minutes."""
-  if data.batch_size < 1:
-    raise UserError(f'BATCH_SIZE must be 1 or more, got {data.batch_size}')
-  if not callable(learning_rate) and not 0 <= learning_rate < math.inf:
-    raise UserError(
-      f'learning_rate must be 0 or more, and finite, got {learning_rate}'
-    )
-  if not methods:
-    raise UserError('methods is empty; give what to train, such as Prompt()')
-  trains_base = any(m.collection == parameters.PARAMS for m in methods)
-  if base is None and not trains_base:
-    raise UserError(
-      'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
-    )
-  if data.vocabulary is not None:
-    vocabulary = load_vocabulary(data.vocabulary)
-    if vocabulary.size > model.config.vocab_size:
-      raise UserError(
-        f'vocabulary {data.vocabulary} has {vocabulary.size} pieces, the model'
-        f' has vocab_size {model.config.vocab_size}; give the vocabulary that'
-        ' the base was trained with'
-      )
-    if base is not None:
-      check_vocabulary(vocabulary, base)
-
-
-def check_metric(
-  selection: best_lib.Selection, evaluators: Mapping[str, Any]
-) -> None:
-  """Raises UserError where no evaluation will have the metric to select by."""
-  names: set[str] = set()
-  for evaluator in evaluators.values():
-    if not isinstance(evaluator, Evaluator | Validation):
-      return  # one of the caller's own, who knows
-    names |= evaluator.metric_names()
-  best_lib.Best(selection.metric).require_among(names)
-
-
-def check_disk(model_dir: epath.Path, state: TrainState) -> None:
-  """Raises UserError where the disk has no room for two checkpoints.
-
-  One is kept until the next is complete.
-  """
-  if '://' in os.fspath(model_dir):
-    return
-  needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-  free = shutil.disk_usage(model_dir).free
-  if free < needed:
-    raise UserError(
-      f'MODEL_DIR {model_dir} has {free / 2**30:.2f} GiB free, two checkpoints'
-      f' of this run take {needed / 2**30:.2f}: free the disk or choose another'
-      ' MODEL_DIR'
-    )
-
-
-def last_step(
-  first_step: int, relative: int | None, absolute: int | None
-) -> int:
-  """The step to end at, by T5X's TRAIN_STEPS or by the run's own count."""
-  if (relative is None) == (absolute is None):
-    raise UserError(
-      'give either TRAIN_STEPS_RELATIVE (updates of this run) or TRAIN_STEPS'
-      " (the base checkpoint's steps included)"
-    )
-  last = first_step + relative if absolute is None else absolute
-  if last <= first_step:
-    raise UserError(
-      f"TRAIN_STEPS {last} is not beyond the base checkpoint's step"
-      f" {first_step}; it counts the base's steps too, TRAIN_STEPS_RELATIVE"
-      " counts this run's alone"
-    )
-  return last
 
 
 def made(model_dir: str | os.PathLike) -> epath.Path:
@@ -242,6 +145,86 @@ def variables(
     trainable[name] = jax.jit(init, out_shardings=shardings)(key, params)
   frozen = {} if trains_base else {parameters.PARAMS: params}
   return trainable, frozen, axes
+
+
+@dataclasses.dataclass
+class Start:
+  """A run before its first step, or where it goes on.
+
+  Attributes:
+    state: on its devices.
+    frozen: collections that are not trained.
+    record: of the run.
+    step_fn: see `step_function`.
+    resumed: the checkpoint that it goes on from; None: it begins.
+  """
+
+  state: TrainState
+  frozen: dict[str, Any]
+  record: RunRecord
+  step_fn: Callable[..., Any]
+  resumed: int | None
+
+
+def begin(
+  model: EncoderDecoderModel,
+  data: batches_lib.TrainData,
+  base: BaseCheckpoint | None,
+  layout: partitioning.Layout,
+  checkpoints: Checkpoints,
+  model_dir: epath.Path,
+  *,
+  seed: int,
+  selection: best_lib.Selection,
+  optimizer: Callable[..., optax.GradientTransformation],
+  learning_rate: float | optimizers.Schedule,
+  microbatches: int,
+  frozen_dtype: str | None,
+  **evaluations: Any,
+) -> Start:
+  """Reads or draws the variables, and the run's last checkpoint if it has one.
+
+  Args are those of `train`; `evaluations` decide which step is the best.
+  """
+  first_step = base.step if base is not None else 0
+  init_key, run_key = jax.random.split(jax.random.key(seed))
+  trainable, frozen, axes = variables(
+    model, data, base, init_key, frozen_dtype, layout
+  )
+  record = run_record(
+    model,
+    data,
+    base,
+    trainable,
+    seed,
+    selection,
+    layout,
+    # Its rate is told by itself.
+    optimizer=optimizers.build_optimizer(optimizer, 0.0, first_step, axes),
+    learning_rate=learning_rate,
+    microbatches=microbatches,
+    frozen_dtype=storage_dtype(frozen_dtype),
+    **evaluations,
+  )
+  tx = optimizers.build_optimizer(optimizer, learning_rate, first_step, axes)
+  state, shardings = first_state(trainable, tx, first_step, layout, axes)
+  del trainable  # the first step takes their buffers over
+  checks.disk_has_room(model_dir, state)
+  resumed = resumed_step(checkpoints, model_dir)
+  if resumed is not None:
+    record = record.resumed(checkpoints.extra(resumed), model_dir)
+    state, _ = checkpoints.restore(resumed, state)
+  step_fn = step_function(
+    model,
+    tx,
+    learning_rate,
+    run_key,
+    layout,
+    microbatches,
+    shardings,
+    first_step,
+  )
+  return Start(state, frozen, record, step_fn, resumed)
 
 
 def run_record(
