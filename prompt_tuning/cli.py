@@ -253,7 +253,8 @@ def _guarded(work: Callable[[], int], fault: int = 1) -> int:
     return 0
   except (errors.UserError, OSError) as error:
     # gin appends lines that name the configurable; ours is the first.
-    print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
+    line = str(error).splitlines()[0].encode('utf-8', 'backslashreplace')
+    print(f'error: {line.decode()}', file=sys.stderr)
     code = 2 if isinstance(error, ConfigurationError) else fault
     return getattr(error, 'EXIT_CODE', code)
   except KeyboardInterrupt:

@@ -294,7 +294,10 @@ def test_methods_are_inspected_and_compared(tmp_path, capsys):
   save_trained(tmp_path / 'other', Trained(LORA, arrays))
   assert run('inspect', tmp_path / 'one') == 0
   out = capsys.readouterr().out
-  assert 'one: lora\n' in out and '512x2' in out and 'in 56 arrays' in out
+  assert 'one: lora, ' in out and 'in 56 arrays of float32\n' in out
+  assert '512x2' not in out
+  assert run('inspect', tmp_path / 'one', '--arrays') == 0
+  assert '512x2' in capsys.readouterr().out
   assert run('diff', tmp_path / 'one', tmp_path / 'other') == 1
   assert f'{path}: 1 of 1,024 values differ' in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.interop.prompts import save_prompt
 from prompt_tuning.serving import jobs
 from prompt_tuning.training.reporting import MetricsWriter
+from prompt_tuning.training.reporting import Progress
 
 
 @pytest.fixture
@@ -92,7 +93,10 @@ def test_texts_and_predictions_may_be_in_a_bucket(bucket):
 
   (bucket / 'texts.txt').write_text('a\nb\n')
   with contextlib.ExitStack() as stack:
-    lines = list(jobs._open_input('gs://bucket/texts.txt', stack))
+    show = Progress(silent=True)
+    reopen, kind = jobs._input('gs://bucket/texts.txt', None, show, stack)
+    lines = list(reopen())
+  assert kind == 'text'
   assert [line.strip() for line in lines] == ['a', 'b']
   with jobs._output('gs://bucket/out/predictions.jsonl') as output:
     output.write('{}\n')
