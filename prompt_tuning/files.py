@@ -40,6 +40,10 @@ def place(path: str | os.PathLike) -> epath.Path:
   if not isinstance(path, str | os.PathLike) or not os.fspath(path):
     raise UserError(f'a path is needed, got {path!r}')
   name = os.fspath(path)
+  try:
+    os.fsencode(name)
+  except UnicodeEncodeError:
+    raise UserError(f'{name!r} is no path: no file system has it') from None
   if '\0' in name:
     raise UserError(f'{name!r} is no path: it has a zero byte')
   scheme, slashes, _ = name.partition('://')
@@ -151,7 +155,9 @@ def check_output(
     if path.exists() and not (path.is_file() or path.is_dir()):
       return
     for given in filter(None, inputs):
-      source = os.path.realpath(os.path.expanduser(given))
+      if '://' in os.fspath(given):
+        continue
+      source = os.path.realpath(place(given))
       if os.path.exists(source) and pathlib.Path(source).is_relative_to(path):
         raise UserError(
           f'{what} {path} would be written over {given}, which is read: choose'

@@ -20,6 +20,7 @@ from prompt_tuning.errors import UserError
     (5, 'a path is needed, got 5'),
     ('', 'a path is needed'),
     ('a\0b', 'zero byte'),
+    ('a\ud800', 'no file system has it'),
     ('http://host/a', 'http:// cannot be read or written'),
     ('s3://bucket/a', 's3:// cannot be read or written'),
   ],
