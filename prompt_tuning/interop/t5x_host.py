@@ -33,7 +33,6 @@ from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter
 from prompt_tuning.data.task import Task
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.vocabularies import load_vocabulary
-from prompt_tuning.errors import UserError
 from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop import t5x
 from prompt_tuning.methods.method import Method
@@ -46,10 +45,10 @@ from prompt_tuning.training import setup
 from prompt_tuning.training import trained as trained_lib
 from prompt_tuning.training.base import fingerprint
 
-# Axes of methods' arrays: the public code's names for a prompt's, and one for
-# those that every device holds whole.
+# Axes of methods' arrays: the public code's names for a prompt's, and names for
+# those that every device holds whole, which no array may have twice.
 _PROMPT_AXES = ('prompt', 'prompt_embed')
-_WHOLE = 'whole'
+_WHOLE = tuple(f'whole_{axis}' for axis in range(4))
 
 # Where the public prompt tuning puts its numpy files, in MODEL_DIR.
 NUMPY_FOLDER = 'numpy_checkpoints'
@@ -122,7 +121,7 @@ class Network:
           if len(array) == 1:  # a single prompt is [P, E], as the public one
             array, named = array[0], named[1:]
         arrays[place] = array
-        axes[place] = tuple(name or _WHOLE for name in named)
+        axes[place] = tuple(a or b for a, b in zip(named, _WHOLE))
     return {
       'params': parameters.nest(arrays),
       'params_axes': parameters.nest(
@@ -338,18 +337,19 @@ def is_trained(methods: Sequence[Method]) -> Callable[[str, Any], bool]:
 
 def logical_axis_rules() -> tuple[tuple[str, None], ...]:
   """T5X's `additional_rules`: no axis of a method's array is split."""
-  return tuple((name, None) for name in (*_PROMPT_AXES, 'prompts', _WHOLE))
+  return tuple((name, None) for name in (*_PROMPT_AXES, 'prompts', *_WHOLE))
 
 
 def logical_factor_rules() -> Mapping[str, Any]:
   """T5X's rules of Adafactor, and those of methods' axes.
 
-  As the public code has it, methods' arrays are never factored, however long
-  the prompt; prompts of one table are trained as each of them alone.
+  Prompts of one table, and layers of a scanned stack, are trained as each of
+  them alone. These rules hold for arrays of three axes and more: T5X factors a
+  matrix by its size, a prompt of 128 tokens included, whatever its rule says.
   """
   from t5x import adafactor
 
-  unfactored = dict.fromkeys((*_PROMPT_AXES, _WHOLE), 'none')
+  unfactored = dict.fromkeys((*_PROMPT_AXES, *_WHOLE), 'none')
   rules = adafactor.standard_logical_factor_rules()
   return {**rules, **unfactored, 'prompts': 'batch'}
 
