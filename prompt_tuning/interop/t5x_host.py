@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 import jax
 import jax.numpy as jnp
@@ -321,7 +322,7 @@ def _owner(methods: Sequence[Method], path: str) -> tuple[Method | None, str]:
 
 
 def is_trained(methods: Sequence[Method]) -> Callable[[str, Any], bool]:
-  """Tells T5X's MultiOptimizer which parameters are trained.
+  """Tells which parameters are trained, for T5X's MultiOptimizer.
 
   A function for `ModelParamTraversal.filter_fn`: those of methods, and T5's
   own if ModelTuning is one of them.
@@ -333,6 +334,48 @@ def is_trained(methods: Sequence[Method]) -> Callable[[str, Any], bool]:
     return method is not None or _trains_t5(methods)
 
   return select
+
+
+def optimizer(methods: Sequence[Method], optimizer: Any) -> Any:
+  """An optimiser of T5X (an `OptimizerDef`) for what is trained alone.
+
+  It is T5X's MultiOptimizer, whose state holds None for each frozen parameter;
+  orbax writes that and T5X cannot read it again, so a run could not go on.
+  Here the state as T5X saves it has no entry for what is frozen.
+
+  Args:
+    methods: as the network's.
+    optimizer: Adafactor of T5X, which goes on at the base checkpoint's step.
+  """
+  from t5x import optimizers
+
+  selects = is_trained(methods)
+
+  def split(target: Any) -> tuple[list[str], list[str]]:
+    paths = list(parameters.flatten(target))
+    trained = [path for path in paths if selects(path, None)]
+    return trained, [path for path in paths if not selects(path, None)]
+
+  class OfTrained(optimizers.MultiOptimizer):
+    def state_dict(self, target, state):
+      found = super().state_dict(target, state)
+      states = parameters.flatten(found['state']['param_states'])
+      begins = tuple(f'{path}/' for path in split(target)[0])
+      found['state']['param_states'] = parameters.nest(
+        {k: v for k, v in states.items() if f'{k}/'.startswith(begins)}
+      )
+      return found
+
+    def restore_state(self, opt_target, opt_state, state_dict):
+      states = parameters.flatten(state_dict['state']['param_states'])
+      states |= dict.fromkeys(split(opt_target)[1])
+      state = {**state_dict['state'], 'param_states': parameters.nest(states)}
+      return super().restore_state(
+        opt_target, opt_state, {**state_dict, 'state': state}
+      )
+
+  traversal = traverse_util.ModelParamTraversal(selects)
+  return OfTrained([(traversal, optimizer)])
 
 
 def logical_axis_rules() -> tuple[tuple[str, None], ...]:
