@@ -100,6 +100,16 @@ def configs_folder() -> pathlib.Path:
   return installed if installed.is_dir() else package.parent / 'configs'
 
 
+def own_files() -> list[pathlib.Path]:
+  """The gin files of the commands; those of t5x/ are T5X's mains'."""
+  own = configs_folder()
+  return [
+    path
+    for path in sorted(own.rglob('*.gin'))
+    if path.relative_to(own).parts[0] != 't5x'
+  ]
+
+
 def find_file(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
   """The gin file of that name: here, in the search paths, in the package.
 
@@ -111,7 +121,7 @@ def find_file(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
     for spelling in (name, f'{name}.gin', short, f'{short}.gin'):
       if (path := pathlib.Path(folder) / spelling).is_file():
         return path
-  shipped = [path.relative_to(own).as_posix() for path in own.rglob('*.gin')]
+  shipped = [path.relative_to(own).as_posix() for path in own_files()]
   if not name.endswith('.gin'):
     shipped = [file.removesuffix('.gin') for file in shipped]
   searched = ', '.join(['.', *search_paths, "the package's configs"])
@@ -236,7 +246,7 @@ def shipped_with(target: str) -> str:
   own = configs_folder()
   files = [
     path.relative_to(own).with_suffix('').as_posix()
-    for path in sorted(own.rglob('*.gin'))
+    for path in own_files()
     if any(str(binding) == target for binding in bindings_in(path.read_text()))
   ]
   others = f' (or {", ".join(files[1:4])})' if files[1:] else ''

@@ -407,9 +407,9 @@ def main(name, folder, *files, own='', devices=1, wait=True, **macros):
   )
   command = [
     *(sys.executable, '-m', f't5x.{name}'),
-    f'--gin_search_paths={gin_files.configs_folder() / "t5x"},{folder}',
+    f'--gin_search_paths={gin_files.configs_folder()},{folder}',
   ]
-  for file in (f'models/{MINI}_prompt.gin', *files, 'own.gin'):
+  for file in (f't5x/models/{MINI}_prompt.gin', *files, 'own.gin'):
     command.append(f'--gin_file={file}')
   settings = {
     'MIXTURE_OR_TASK_NAME': 'bbc_topics',
@@ -437,9 +437,9 @@ def train(folder, t5x_base, *files, steps, use_orbax=True, **more):
   return main(
     'train',
     folder,
-    'prompts/from_class_labels.gin',
+    't5x/prompts/from_class_labels.gin',
     *files,
-    'runs/prompt_finetune.gin',
+    't5x/runs/prompt_finetune.gin',
     CLASS_LABELS=TOPICS,
     INITIAL_CHECKPOINT_PATH=str(t5x_base),
     MODEL_DIR=str(folder / 'run'),
@@ -518,14 +518,14 @@ def test_t5x_evaluates_and_infers_as_our_commands_do(base, t5x_base, tmp_path):
   main(
     'eval',
     tmp_path,
-    'runs/prompt_eval.gin',
+    't5x/runs/prompt_eval.gin',
     EVAL_OUTPUT_DIR=str(tmp_path / 'eval'),
     **common,
   )
   main(
     'infer',
     tmp_path,
-    'runs/prompt_infer.gin',
+    't5x/runs/prompt_infer.gin',
     INFER_OUTPUT_DIR=str(tmp_path / 'infer'),
     own="utils.RestoreCheckpointConfig.dtype = 'float32'\n",
     **common,
@@ -564,16 +564,101 @@ def rows(folder, pattern):
 @pytest.mark.slow
 def test_lora_trains_and_evaluates_under_t5xs_mains(base, t5x_base, tmp_path):
   last = base.step + 2
-  train(tmp_path, t5x_base, 'methods/lora.gin', steps=last)
+  train(tmp_path, t5x_base, 't5x/methods/lora.gin', steps=last)
   (found,) = prompts.load_trained(saved(tmp_path, last))
   assert found.method == Lora() and len(found.arrays) == 32
   main(
     'eval',
     tmp_path,
-    'methods/lora.gin',
-    'runs/eval.gin',
+    't5x/methods/lora.gin',
+    't5x/runs/eval.gin',
     CHECKPOINT_PATH=str(tmp_path / 'run' / f'checkpoint_{last}'),
     EVAL_OUTPUT_DIR=str(tmp_path / 'eval'),
   )
   (metrics,) = rows(tmp_path / 'eval' / 'inference_eval', '*metrics.jsonl')
   assert metrics['step'] == last
+
+
+# The gin files.
+
+CONFIGS = gin_files.configs_folder()
+GIN_FILES = sorted((CONFIGS / 't5x').rglob('*.gin'))
+
+
+@pytest.mark.parametrize('file', GIN_FILES, ids=lambda file: file.stem)
+def test_a_gin_file_says_what_it_is_and_can_be_read(file):
+  text = file.read_text()
+  assert text.startswith('# T5X: ')
+  assert list(gin_files.bindings_in(text)) or 'include ' in text
+
+
+def t5x_model_of(*files, **macros):
+  """MODEL of gin files, as T5X's mains make it."""
+  import gin
+  import t5x.gin_utils  # noqa: F401
+
+  gin.clear_config()
+  gin.add_config_file_search_path(str(CONFIGS))
+  try:
+    gin.parse_config_files_and_bindings(
+      list(files), [f'{name} = {value!r}' for name, value in macros.items()]
+    )
+    return gin.query_parameter('MODEL/macro.value').scoped_configurable_fn()
+  finally:
+    gin.clear_config()
+
+
+@needs_t5x
+@pytest.mark.parametrize(
+  'size', ['mini', 'small', 'base', 'large', 'xl', 'xxl']
+)
+def test_a_size_is_that_of_our_own_files(size):
+  model = t5x_model_of(f't5x/models/t5_1_1_{size}_prompt.gin')
+  text = (CONFIGS / 'models' / f't5_1_1_{size}.gin').read_text()
+  ours = {b.parameter: b.value for b in gin_files.bindings_in(text)}
+  for name, value in ours.items():
+    # How it is run is another matter: public checkpoints are not scanned.
+    if name not in ('', 'dtype', 'dropout_rate', 'scan_layers', 'remat_policy'):
+      assert getattr(model.module.config, name) == value
+  (method,) = model.module.methods
+  assert method.length == 100 and method.placement == 'prefix'
+
+
+@needs_t5x
+@pytest.mark.parametrize(
+  'file, macros',
+  [
+    ('prompts/from_class_labels', {'CLASS_LABELS': TOPICS}),
+    ('prompts/from_class_labels_numpy', {'CLASS_LABELS': TOPICS}),
+    ('prompts/from_sampled_vocab', {}),
+    ('prompts/from_sampled_vocab_numpy', {}),
+    ('prompts/from_file', {}),
+    ('models/decoding/beam_search', {}),
+    ('models/decoding/nucleus_sampling', {}),
+    ('methods/ia3', {}),
+  ],
+)
+def test_a_choice_makes_a_model_that_starts(base, tmp_path, file, macros):
+  table = np.asarray(base.arrays['token_embedder/embedding'], np.float32)
+  np.save(tmp_path / 'embedding.npy', table)
+  np.save(tmp_path / 'prompt.npy', table[:6])
+  model = t5x_model_of(
+    f't5x/models/{MINI}_prompt.gin',
+    f't5x/{file}.gin',
+    PROMPT_LENGTH=6,
+    INITIAL_CHECKPOINT_PATH=MINI,
+    EMBEDDING_FILE=str(tmp_path / 'embedding.npy'),
+    PROMPT_FILE=str(tmp_path / 'prompt.npy'),
+    **macros,
+  )
+  params = flat(model.module.init(jax.random.key(0))['params'])
+  if 'prompts/' in file:
+    rows = {row.tobytes() for row in table}
+    found = [np.asarray(row).tobytes() in rows for row in params[t5x.PROMPT]]
+    # The mean of a label's pieces is no row, unless it is one piece.
+    assert sum(found) >= (1 if 'class_labels' in file else 6)
+  elif 'methods/' in file:
+    assert t5x.PROMPT not in params
+    assert any(path.startswith('ia3/') for path in params)
+  else:
+    assert 0 <= params[t5x.PROMPT].min() and params[t5x.PROMPT].max() < 0.5
