@@ -101,13 +101,22 @@ def configs_folder() -> pathlib.Path:
   return installed if installed.is_dir() else package.parent / 'configs'
 
 
-def shipped() -> list[str]:
-  """The package's gin files, 'models/t5_1_1_base' and so on."""
+def own_files() -> list[pathlib.Path]:
+  """The gin files of the commands; those of t5x/ are T5X's mains'."""
   own = configs_folder()
-  return sorted(
-    path.relative_to(own).with_suffix('').as_posix()
-    for path in own.rglob('*.gin')
-  )
+  return [
+    path
+    for path in sorted(own.rglob('*.gin'))
+    if path.relative_to(own).parts[0] != 't5x'
+  ]
+
+
+def shipped() -> list[str]:
+  """Their names, 'models/t5_1_1_base' and so on."""
+  own = configs_folder()
+  return [
+    path.relative_to(own).with_suffix('').as_posix() for path in own_files()
+  ]
 
 
 def find_file(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
@@ -293,7 +302,7 @@ def shipped_with(target: str) -> str:
   own = configs_folder()
   files = [
     path.relative_to(own).with_suffix('').as_posix()
-    for path in sorted(own.rglob('*.gin'))
+    for path in own_files()
     if any(str(binding) == target for binding in bindings_in(path.read_text()))
   ]
   others = f' (or {", ".join(files[1:4])})' if files[1:] else ''

@@ -20,7 +20,7 @@ from prompt_tuning.models import network
 from prompt_tuning.training import optimizers
 
 FOLDER = gin_files.configs_folder()
-FILES = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob('*.gin'))
+FILES = [p.relative_to(FOLDER).as_posix() for p in gin_files.own_files()]
 WIRING = [name for name in FILES if name.startswith('wiring/')]
 RUNS = [name for name in FILES if name.startswith(('runs/', 'methods/'))]
 TUNE = 'train models/t5_1_1_mini tasks/bbc_topics runs/prompt_tune MODEL_DIR=x'

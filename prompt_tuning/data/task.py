@@ -49,7 +49,8 @@ class Task:
     name: of a registered task or mixture.
     feature_lengths: {'inputs': ids of text per example, 'targets': ...}, EOS
       included, virtual tokens not.
-    vocabulary: path or name of a vocabulary to use instead of the task's own.
+    vocabulary: path or name of a vocabulary to use instead of the task's own,
+      or seqio's object of one.
     modules: Python modules that register further tasks when imported.
     local_data_dir: a folder with raw files (see `local_files`) to read instead
       of TFDS data sets; tasks on others read what they read.
@@ -63,7 +64,7 @@ class Task:
 
   name: str
   feature_lengths: Mapping[str, int]
-  vocabulary: str | None = None
+  vocabulary: typing.Any = None
   modules: Sequence[str] = ()
   local_data_dir: str | None = None
   target_sentinel: bool = False
@@ -165,7 +166,9 @@ class Task:
         task.source.tfds_dataset._split_map,  # has no public name
       )
     if self.vocabulary is not None:
-      replacement = load_vocabulary(self.vocabulary).seqio()
+      replacement = self.vocabulary
+      if not isinstance(replacement, seqio.Vocabulary):
+        replacement = load_vocabulary(replacement).seqio()
       changes['output_features'] = {
         key: feature
         # These are ids or numbers already; no vocabulary made them.
