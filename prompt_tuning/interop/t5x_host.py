@@ -12,16 +12,15 @@ import functools
 import importlib
 import os
 import re
+import typing
 from typing import Any
 
 from etils import epath
 from flax import traverse_util
 import jax
 import numpy as np
-import seqio
 
 from prompt_tuning import files
-from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter
 from prompt_tuning.data.task import Task
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.interop import t5x
@@ -33,6 +32,9 @@ from prompt_tuning.models import parameters
 from prompt_tuning.training import setup
 from prompt_tuning.training import trained as trained_lib
 from prompt_tuning.training.base import fingerprint
+
+if typing.TYPE_CHECKING:
+  import seqio
 
 # Where the public prompt tuning puts its numpy files, in MODEL_DIR.
 NUMPY_FOLDER = 'numpy_checkpoints'
@@ -133,24 +135,26 @@ def assignment_map(methods: Sequence[Method]) -> tuple[tuple[str, None], ...]:
 
 def feature_converter(
   methods: Sequence[Method], config: network.T5Config
-) -> Callable[..., seqio.FeatureConverter]:
+) -> 'Callable[..., seqio.FeatureConverter]':
   """T5X's `feature_converter_cls`, which places the virtual tokens.
 
   TASK_FEATURE_LENGTHS stay those of the text, as in T5X: the encoder's rows
   are longer by the prompt. Packing works too.
   """
+  from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter
+
   tokens = setup.virtual_tokens_of(methods, config)
   return functools.partial(VirtualTokensFeatureConverter, tokens)
 
 
-def vocabulary(path: str) -> seqio.Vocabulary:
+def vocabulary(path: str) -> 'seqio.Vocabulary':
   """seqio's vocabulary of a file, a folder or a bundled name."""
   return load_vocabulary(path).seqio()
 
 
 def registered(
   name: str,
-  vocabulary: seqio.Vocabulary | None = None,
+  vocabulary: 'seqio.Vocabulary | None' = None,
   module: str | None = None,
   local_data_dir: str | None = None,
 ) -> str:
@@ -169,6 +173,8 @@ def registered(
   Raises:
     UserError: as `Task.seqio` does.
   """
+  import seqio
+
   if module is not None:
     importlib.import_module(module)
   lengths = {'inputs': 1, 'targets': 1}  # T5X has its own
