@@ -129,7 +129,7 @@ def test_every_command_and_example_of_the_readme_runs(tmp_path, monkeypatch):
   assert ran == [
     *('train', 'eval', 'infer', 'export', 'train'),
     *['convert'] * 4,
-    *('inspect', 'diff', 'compile'),
+    *('inspect', 'diff', 'compile', 'show'),
   ]
   for path in (
     'runs/bbc/prompt/prompt.npy',
