@@ -89,8 +89,9 @@ def tune(
 
 def score(folder: pathlib.Path, *words: str) -> float:
   """Accuracy, in percent, on the task's test split."""
-  to = f'EVAL_OUTPUT_DIR={folder}'
-  return command('eval', *words, 'Evaluation.split=test', to)[ACCURACY]
+  # Of another seed the quick start has been run before, perhaps.
+  to = (f'EVAL_OUTPUT_DIR={folder}', 'evaluate.overwrite=True')
+  return command('eval', *words, 'Evaluation.split=test', *to)[ACCURACY]
 
 
 def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
