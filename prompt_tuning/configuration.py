@@ -82,8 +82,8 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
   # What is typed may cut off what a file binds: `train.evaluation=None` leaves
   # Evaluation without a user, which is no fault of the file.
   # The same holds for what one file binds in place of another.
-  files = [b for b in found if b.level[0] != gin_files.TYPED]
-  alone = _Usage(function, files, all_bindings=True)
+  of_files = [b for b in found if b.level[0] != gin_files.TYPED]
+  alone = _Usage(function, of_files, all_bindings=True)
   usage.check(excused=alone.used)
   for binding in usage.bindings:
     if isinstance(binding.value, str) and binding.value in usage.macros:

@@ -223,9 +223,18 @@ def _sweep(path: epath.Path, host: str) -> None:
     f'{glob.escape(f"{path.name}.{host}")}.*{UNFINISHED}'
   ):
     process = left.name.split('.')[-3]
-    if process.isdigit() and not pathlib.Path(f'/proc/{process}').exists():
-      if pathlib.Path('/proc/self').exists():
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    if process.isdigit() and not _is_alive(int(process)):
+      shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+  try:
+    os.kill(process, 0)  # only asks
+  except ProcessLookupError:
+    return False
+  except OSError:
+    pass  # somebody else's
+  return True
 
 
 @contextlib.contextmanager

@@ -235,7 +235,8 @@ def check_modules(held: Iterable[Binding], trusted: set[str]) -> None:
     for reference in references(binding.value):
       if reference.startswith('@') and binding.level[0] == RUN_CONFIG:
         _refuse(binding.where, reference)
-      waiting += [macros[n] for n in [reference[1:]] if n in macros]
+      if reference[1:] in macros:
+        waiting.append(macros[reference[1:]])
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -7,14 +7,12 @@ T5X itself is not needed here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import contextlib
 import dataclasses
 import functools
 import os
 from typing import Any
 
 from etils import epath
-from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 import jax
 import jax.numpy as jnp
@@ -28,6 +26,7 @@ from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
+from prompt_tuning.models.model import at_work
 from prompt_tuning.training import setup
 
 # Axes of methods' arrays: the public code's names for a prompt's, and names for
@@ -142,11 +141,7 @@ class Network:
     call = (method or self.__call__)(*args, **settings)
     others = {k: v for k, v in variables.items() if k != parameters.PARAMS}
     variables = self.variables(variables[parameters.PARAMS]) | others
-    batch = {'encoder_input_tokens': call.encoder_input_tokens}
-    with contextlib.ExitStack() as stack:
-      for one in self.methods:
-        if (interceptor := one.intercept(batch)) is not None:
-          stack.enter_context(nn.intercept_methods(interceptor))
+    with at_work(self.methods, call.encoder_input_tokens):
       result = network.Transformer(self.config).apply(
         variables,
         *call.args,

@@ -7,7 +7,7 @@ A batch is a dict of arrays with T5X's names: `encoder_input_tokens` [B, T]
 Variables are T5's `params` and a collection for each method that acts on it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -39,6 +39,24 @@ class ActsOnNetwork(Protocol):
 def _on_device(batch: Batch) -> dict[str, jax.Array]:
   """numpy's arrays as JAX's; under jit that costs nothing."""
   return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def at_work(
+  methods: Sequence[ActsOnNetwork], inputs: Int[Array, 'B T']
+) -> Iterator[None]:
+  """Methods act on what is called of the network in here; the first innermost.
+
+  Args:
+    methods: which.
+    inputs: ids of the encoder.
+  """
+  with contextlib.ExitStack() as stack:
+    for method in methods:
+      interceptor = method.intercept({'encoder_input_tokens': inputs})
+      if interceptor is not None:
+        stack.enter_context(nn.intercept_methods(interceptor))
+    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +98,7 @@ class EncoderDecoderModel:
     self, variables: Variables, inputs: Int[Array, 'B T'], *args, **kwargs
   ) -> Any:
     """The network, its methods at work."""
-    with contextlib.ExitStack() as stack:
-      for method in self.methods:
-        interceptor = method.intercept({'encoder_input_tokens': inputs})
-        if interceptor is not None:
-          stack.enter_context(nn.intercept_methods(interceptor))
+    with at_work(self.methods, inputs):
       return self.module.apply(variables, *args, **kwargs)
 
   def logits(

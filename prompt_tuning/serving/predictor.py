@@ -80,7 +80,7 @@ class Predictor:
     for name in ('inputs_length', 'targets_length', 'batch_size'):
       if getattr(self, name) < 1:
         raise UserError(f'{name} must be 1 or more, got {getattr(self, name)}')
-    Template(self.template)
+    Template(self.template)  # its faults, now
 
   def input_of(self, text: Text, place: str = 'a text') -> str:
     """What the model is given for a text or a record.
@@ -92,7 +92,11 @@ class Predictor:
     Raises:
       UserError: the template cannot be filled.
     """
-    return Template(self.template).input_of(text, place)
+    return self._template.input_of(text, place)
+
+  @functools.cached_property
+  def _template(self) -> Template:
+    return Template(self.template)
 
   def predict(self, texts: Iterable[Text]) -> list[str]:
     """What the model answers to each text."""

@@ -257,9 +257,14 @@ def load_params(
   return parameters.nest(loaded)
 
 
+@jax.jit  # in one kernel: no array of truth values beside the weights
+def _is_finite(array: jax.Array) -> jax.Array:
+  return jnp.isfinite(array).all()
+
+
 def _require_finite(source: str, loaded: Mapping[str, jax.Array]) -> None:
   """Raises UserError for weights that are no numbers; looked at on devices."""
-  finite = {path: jnp.isfinite(array).all() for path, array in loaded.items()}
+  finite = {path: _is_finite(array) for path, array in loaded.items()}
   faults = [path for path, is_so in jax.device_get(finite).items() if not is_so]
   if faults:
     raise UserError(

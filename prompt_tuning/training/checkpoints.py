@@ -268,7 +268,8 @@ class Checkpoints:
         path: {'shape': list(np.shape(leaf)), 'dtype': str(leaf.dtype)}
         for path, leaf in flat.items()
       },
-      **_contents(folder),
+      # Read again for their digests by the one process that writes them down.
+      **(_contents(folder) if hosts.is_primary() else {}),
     }
 
   def _folders(self) -> list[int]:
