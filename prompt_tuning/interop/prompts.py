@@ -6,7 +6,8 @@ several; the .npy file is what public prompts come as, the other one also says
 which base model the prompt belongs to. Nothing is ever unpickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -84,7 +85,7 @@ def load_prompt(
 
 
 def load_trained(
-  path: str | os.PathLike, variable: str = t5x.PROMPT
+  path: str | os.PathLike | Sequence[str], variable: str = t5x.PROMPT
 ) -> tuple[Trained, ...]:
   """What methods trained, from a run, a file or a folder of files.
 
@@ -92,13 +93,16 @@ def load_trained(
     path: the MODEL_DIR of a run (its best checkpoint, or a checkpoint by
       name), a file or folder of `save_trained`, a prompt as a numpy file (.npy,
       or the public prompt tuning's `encoder.prompt.prompt.prompt`), a PEFT
-      adapter, or a T5X checkpoint with a prompt in it.
+      adapter, or a T5X checkpoint with a prompt in it. Of a list of prompts, of
+      one length and placement, it makes one table.
     variable: where a T5X checkpoint has the prompt, an array [P, E].
 
   Raises:
     UserError: there is no such file, or it is damaged, of another shape, or
       not finite.
   """
+  if isinstance(path, list | tuple):
+    return (_table(path, variable),)
   path = files.place(path)
   if '://' in os.fspath(path):
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +133,41 @@ def load_trained(
       f'{path}'
     )
   return (_prompt(_read_npy(path), {}, str(path)),)
+
+
+def _table(paths: Sequence[str], variable: str) -> Trained:
+  """Several prompts as one table; its facts are those that they share."""
+  if not paths:
+    raise UserError('PROMPT_FILE is an empty list; name prompts')
+  found = []
+  for path in paths:
+    one = load_trained(path, variable)
+    if len(one) != 1 or not isinstance(one[0].method, Prompt):
+      raise UserError(f'{path} holds more than a prompt, or none')
+    found += one
+  first = found[0]
+  for path, one in zip(paths, found):
+    for name in ('length', 'placement'):
+      here, there = (getattr(x.method, name) for x in (first, one))
+      if here != there:
+        raise UserError(
+          f'PROMPT_FILE {path} has {name} {there}, {paths[0]} has {here}: the'
+          ' prompts of a table are alike'
+        )
+    here, there = (x.arrays['table'].shape[-1] for x in (first, one))
+    if here != there:
+      raise UserError(
+        f'PROMPT_FILE {path} has embed {there}, {paths[0]} has {here}: give'
+        ' prompts of one model'
+      )
+  table = np.concatenate([np.asarray(x.arrays['table']) for x in found])
+  method = dataclasses.replace(first.method, num_prompts=len(table))
+  facts = {
+    name: fact
+    for name, fact in first.facts.items()
+    if all(x.facts.get(name) == fact for x in found) or name == 'step'
+  }
+  return Trained(method, {'table': table}, facts)
 
 
 def _of_folder(path: epath.Path) -> tuple[Trained, ...]:

@@ -13,18 +13,19 @@ from typing import Any
 import absl.logging
 from etils import epath
 import jax
-from jaxtyping import Int
+from jaxtyping import Float, Int
 import numpy as np
 
 from prompt_tuning import files
 from prompt_tuning.data import task as task_lib
 from prompt_tuning.data.virtual_tokens import VirtualTokens
-from prompt_tuning.data.virtual_tokens import target_rows
-from prompt_tuning.data.vocabularies import label_pieces
 from prompt_tuning.errors import UserError
+from prompt_tuning.training import calibration
+from prompt_tuning.training import ensemble
 from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
 from prompt_tuning.training.best import SCORE
+from prompt_tuning.training.eval_examples import TaskExamples
 
 if typing.TYPE_CHECKING:
   import seqio
@@ -44,6 +45,10 @@ class Evaluation:
       None for all examples, in the order of the data.
     rank_classification: the answer is the task's label of the highest
       likelihood, and not what decoding gives.
+    ensemble: the answer is that of most prompts of the table (see
+      `training.ensemble`), whose own metrics are told as `members/<k>/...`.
+    calibrate: labels are ranked by their likelihood beside what it is for an
+      input that says nothing (see `training.calibration`).
     seed: of that sample, and of decoding that samples.
   """
 
@@ -52,7 +57,16 @@ class Evaluation:
   split: str = 'validation'
   num_examples: int | None = None
   rank_classification: bool = False
+  ensemble: bool = False
+  calibrate: bool = False
   seed: int = 0
+
+  def __post_init__(self):
+    if self.calibrate and (self.ensemble or not self.rank_classification):
+      raise UserError(
+        'Evaluation.calibrate weighs labels that are ranked: it needs'
+        ' rank_classification=True and no ensemble'
+      )
 
   def build(
     self,
@@ -95,6 +109,9 @@ class Evaluator:
     self._evaluation = evaluation
     self._layout = layout or partitioning.single_device()
     self._output_dir = files.place(output_dir)
+    self._virtual_tokens = virtual_tokens
+    if evaluation.ensemble:
+      ensemble.members(virtual_tokens)
     task_lib.import_seqio()
     import seqio
 
@@ -131,7 +148,12 @@ class Evaluator:
       )
     self._name = provider.name
     self._tasks = {
-      task.name: _TaskExamples(task, self._seqio, evaluation)
+      task.name: TaskExamples(
+        task,
+        self._seqio,
+        evaluation.rank_classification,
+        evaluation.task.target_sentinel,
+      )
       for task in self._seqio.eval_tasks
     }
 
@@ -186,12 +208,21 @@ class Evaluator:
     Raises:
       UserError: if the files cannot be written.
     """
+    answers: dict[str, Any] = {}
+
+    def predict(dataset):
+      task = self._task_of(dataset)
+      answers[task.name] = self._answers(variables, task)
+      return list(enumerate(answers[task.name][0]))
+
     values, outputs = self._measure(
       step,
-      lambda ds: self._predictions(variables, ds),
+      predict,
       lambda ds: self._predictions_and_aux(variables, ds),
       lambda ds: self._scores(variables, ds),
     )
+    if self._evaluation.ensemble:
+      values |= self._of_members(step, answers)
     if not hosts.is_primary():
       return values
     with _writing(self._output_dir):
@@ -201,6 +232,25 @@ class Evaluator:
       with (self._output_dir / METRICS_FILE).open('a') as file:
         file.write(json.dumps(line) + '\n')
     return values
+
+  def _of_members(
+    self, step: int, answers: Mapping[str, Any]
+  ) -> dict[str, float]:
+    """Each member's metrics, and the mean and the best of their scores."""
+    found: dict[str, float] = {}
+    own = []
+    for k in range(self._virtual_tokens.num_prompts):
+
+      def predict(dataset, k=k):
+        return list(enumerate(answers[self._task_of(dataset).name][1][k]))
+
+      values, _ = self._measure(step, predict, _refused, _refused)
+      found |= {f'members/{k}/{name}': value for name, value in values.items()}
+      own.append(values.get(SCORE))
+    if None not in own:
+      found['members/mean_score'] = _mean(own)
+      found['members/best_score'] = max(own)
+    return found
 
   def metric_names(self) -> set[str]:
     """The names of `evaluate`'s metrics, found with the truth as prediction."""
@@ -249,7 +299,7 @@ class Evaluator:
       values[SCORE] = _mean(own or found.values())
     return values, outputs
 
-  def _task_of(self, dataset) -> '_TaskExamples':
+  def _task_of(self, dataset) -> TaskExamples:
     for name, cached in self._seqio.cached_model_datasets.items():
       if cached is dataset:
         return self._tasks[name]
@@ -261,31 +311,58 @@ class Evaluator:
     Every batch is split as a training batch is. Each process has all examples
     and puts its rows on its devices; the results come back to all.
     """
-    results = [
-      function(
-        variables,
-        self._layout.shard_batch(batch),
-        np.int32(number),
-        *arguments,
-      )
-      for number, batch in enumerate(
-        task.batches(self._layout.padded(self._evaluation.batch_size))
-      )
-    ]
-    return jax.tree.map(
-      lambda *parts: np.concatenate(parts)[: task.size],
-      *jax.device_get(results),
-    )
+    rows = self._layout.padded(self._evaluation.batch_size)
+    members = 1
+    if self._evaluation.ensemble:
+      members = self._virtual_tokens.num_prompts
+      rows = self._layout.padded(-(-rows // members))
+    results = []
+    for number, batch in enumerate(task.batches(rows)):
+      if self._evaluation.ensemble:
+        batch = ensemble.for_each_member(batch, self._virtual_tokens)
+      placed = self._layout.shard_batch(batch)
+      results.append(function(variables, placed, np.int32(number), *arguments))
 
-  def _predictions(self, variables, dataset) -> list[tuple[int, np.ndarray]]:
-    """Predicted ids of each example, within the vocabulary."""
-    task = self._task_of(dataset)
+    def joined(*parts):  # [K, N, ...], or [N, ...]
+      by_member = [p.reshape(members, rows, *p.shape[1:]) for p in parts]
+      whole = np.concatenate(by_member, axis=1)[:, : task.size]
+      return whole if self._evaluation.ensemble else whole[0]
+
+    return jax.tree.map(joined, *jax.device_get(results))
+
+  def _answers(
+    self, variables, task
+  ) -> tuple[Int[np.ndarray, 'N L'], Int[np.ndarray, 'K N L'] | None]:
+    """Answers as ids of the vocabulary, and those of an ensemble's members."""
     if self._evaluation.rank_classification:
       likelihoods = self._run(self._rank, variables, task, task.label_tokens)
+      if self._evaluation.calibrate:
+        likelihoods = calibration.calibrated(
+          likelihoods, self._of_nothing(variables, task)
+        )
       ids = task.label_tokens[np.argmax(likelihoods, axis=-1)]
     else:
       ids = self._run(self._predict, variables, task)
-    return list(enumerate(task.within_vocabulary(ids)))
+    ids = task.within_vocabulary(ids)
+    return (
+      (ensemble.vote(ids), ids) if self._evaluation.ensemble else (ids, None)
+    )
+
+  def _of_nothing(self, variables, task) -> Float[np.ndarray, 'F C']:
+    """Likelihoods of the labels for inputs that say nothing."""
+    asked = self._evaluation.task
+    rows = calibration.content_free_rows(
+      asked.prefix(task.name),
+      task_lib.TEMPLATES.get(task.name),
+      task.vocabulary,
+      asked.feature_lengths['inputs'],
+      self._virtual_tokens,
+    )
+    size = max(self._evaluation.batch_size, len(rows))
+    batch = next(task.batches(self._layout.padded(size)))
+    placed = self._layout.shard_batch(calibration.batch_of(rows, batch))
+    found = self._rank(variables, placed, np.int32(0), task.label_tokens)
+    return jax.device_get(found)[: len(rows)]
 
   def _predictions_and_aux(self, variables, dataset):
     task = self._task_of(dataset)
@@ -295,11 +372,15 @@ class Evaluator:
         ' classification has none of; evaluate it with'
         ' rank_classification=False'
       )
+    if self._evaluation.ensemble:
+      _refused(dataset)
     ids, aux = self._run(self._predict_with_aux, variables, task)
     rows = list(enumerate(task.within_vocabulary(ids)))
     return rows, {name: list(values) for name, values in aux.items()}
 
   def _scores(self, variables, dataset) -> list[tuple[int, float]]:
+    if self._evaluation.ensemble:
+      _refused(dataset)
     scores = self._run(self._score, variables, self._task_of(dataset))
     return list(enumerate(scores.tolist()))
 
@@ -325,6 +406,13 @@ class Evaluator:
         file.write(json.dumps(row, ensure_ascii=False) + '\n')
 
 
+def _refused(dataset):
+  raise UserError(
+    'members of an ensemble vote with answers; the task has a metric of'
+    ' likelihoods or auxiliary values, which needs Evaluation.ensemble=False'
+  )
+
+
 def _mean(values: Collection[float]) -> float:
   return sum(values) / len(values)
 
@@ -342,92 +430,6 @@ def scores(values: Mapping[str, float]) -> dict[str, float]:
     if not metric.endswith('_share'):
       metrics[task].append(value)
   return {f'{task}/score': _mean(found) for task, found in metrics.items()}
-
-
-class _TaskExamples:
-  """One task's examples as text and as batches of one size."""
-
-  def __init__(
-    self, task, evaluator: 'seqio.Evaluator', evaluation: Evaluation
-  ):
-    self.name = task.name
-    self.selects = f'{task.name}/score' if 'train' in task.splits else None
-    self.vocabulary = task.output_features['targets'].vocabulary
-    examples = list(
-      evaluator.cached_task_datasets[task.name].as_numpy_iterator()
-    )
-    self.inputs = [_text(task, example, 'inputs') for example in examples]
-    self.targets = [_text(task, example, 'targets') for example in examples]
-    rows = [
-      row
-      for _, row in evaluator.cached_model_datasets[
-        task.name
-      ].as_numpy_iterator()
-    ]
-    self.size = len(rows)
-    self._rows = {
-      name: np.stack([row[name] for row in rows]) for name in rows[0]
-    }
-    self.label_tokens = None
-    if evaluation.rank_classification:
-      self.label_tokens = _label_tokens(
-        task, self.vocabulary, evaluation.task.target_sentinel
-      )
-
-  @property
-  def target_rows(self) -> Int[np.ndarray, 'N L']:
-    """The truth as ids."""
-    return self._rows['decoder_target_tokens']
-
-  def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples in order, in batches of one size.
-
-    Rows that fill the last batch repeat the first example with loss weight
-    zero; who runs the model drops what comes out for them.
-    """
-    for start in range(0, self.size, batch_size):
-      numbers = np.arange(start, start + batch_size)
-      added = numbers >= self.size
-      numbers[added] = 0
-      batch = {name: values[numbers] for name, values in self._rows.items()}
-      batch['decoder_loss_weights'][added] = 0
-      yield batch
-
-  def within_vocabulary(
-    self, ids: Int[np.ndarray, 'N L']
-  ) -> Int[np.ndarray, 'N L']:
-    """Ids that the vocabulary does not know become padding.
-
-    The embedding table has more rows than the vocabulary has pieces, and a
-    detokeniser given such an id may fail or make up text.
-    """
-    known = (ids >= 0) & (ids < self.vocabulary.vocab_size)
-    return np.where(known, ids, self.vocabulary.pad_id)
-
-
-def _text(task, example, feature: str) -> str:
-  """What a feature's ids stand for, as the task had it or else decoded."""
-  text = example.get(f'{feature}_pretokenized')
-  if isinstance(text, bytes):
-    return text.decode('utf-8')
-  vocabulary = task.output_features[feature].vocabulary
-  return str(vocabulary.decode(example[feature].tolist()))
-
-
-def _label_tokens(
-  task, vocabulary, target_sentinel: bool
-) -> Int[np.ndarray, 'C L']:
-  """The ids of the task's labels with EOS, padded with 0."""
-  labels = task_lib.class_labels(task)
-  if labels is None:
-    raise UserError(
-      f'rank classification needs a task with labels, {task.name} has none;'
-      ' evaluate it with rank_classification=False'
-    )
-  rows = label_pieces(vocabulary, labels, f'task {task.name}')
-  if target_sentinel:
-    rows = [[vocabulary.vocab_size - 1, *row] for row in rows]
-  return target_rows(rows, vocabulary.eos_id)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import time
 from typing import Any
 
 from etils import epath
@@ -105,8 +106,8 @@ def train(
   Args:
     data: training batches.
     model_dir: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `eval/` and
-      in the end a folder of files for each method; a folder that all processes
-      share, or gs://.
+      in the end `result.json` and a folder of files for each method; a folder
+      that all processes share, or gs://.
     model: network, loss and decoding; None: the base's own network.
     base: T5's parameters, frozen or to start from; None starts from random
       ones, which only makes sense where they are trained.
@@ -265,6 +266,7 @@ class _Run:
   ended: bool = False
 
   def __post_init__(self):
+    self.started = time.monotonic()
     self.step = int(self.state.step)
     self.ended = self.step >= self.last_step or self._stale()
 
@@ -362,6 +364,25 @@ class _Run:
         ' learning rate or look at the data'
       )
 
+  def _facts(self, best_step: int) -> dict[str, Any]:
+    """Of the run that ended, for `reporting.write_result`."""
+    record, count = self.record, reporting.count_parameters
+    return {
+      'base': record.base,
+      'base_fingerprint': record.base_fingerprint,
+      'base_step': self.first_step,
+      'task': record.task,
+      'seed': record.seed,
+      'methods': record.methods,
+      'steps': self.step - self.first_step,
+      'best_step': best_step - self.first_step,
+      'best_metric': record.best.metric,
+      'metrics': record.best.metrics,
+      'trained_parameters': count(self.state.trainable),
+      'frozen_parameters': count(self.frozen),
+      'seconds': time.monotonic() - self.started,
+    }
+
   def result(self, model_dir: epath.Path) -> TrainResult:
     """Says how it ended, writes the methods' files, gives the best arrays."""
     best = self.record.best
@@ -379,6 +400,8 @@ class _Run:
     best_step = self.step if best.step is None else best.step
     if best_step != self.step:
       self.state, _ = self.checkpoints.restore(best_step, self.state)
+    if self.ended and hosts.is_primary():
+      reporting.write_result(model_dir, self._facts(best_step))
     return TrainResult(
       step=self.step,
       variables=jax.tree.map(_on_host, self.state.trainable),

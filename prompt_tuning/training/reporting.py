@@ -4,6 +4,9 @@ from collections.abc import Mapping
 import json
 import logging
 import os
+import pathlib
+import resource
+import subprocess
 import sys
 import time
 from typing import Any, TextIO
@@ -12,6 +15,7 @@ from etils import epath
 import jax
 import tensorboardX
 
+import prompt_tuning
 from prompt_tuning import files
 from prompt_tuning.errors import UserError
 
@@ -155,6 +159,7 @@ class Clock:
     self.take()
 
   def add(self, batch, waited: float):
+    self._steps += 1
     self._examples += batch['encoder_input_tokens'].shape[0]
     self._tokens += sum(
       batch[name].size
@@ -171,10 +176,66 @@ class Clock:
       rates = {
         'examples_per_second': self._examples / passed,
         'tokens_per_second': self._tokens / passed,
+        'seconds_per_step': passed / max(self._steps, 1),
         'input_wait_share': self._waited / passed,
       }
-    self._start, self._examples, self._tokens, self._waited = now, 0, 0, 0.0
+    self._start, self._waited = now, 0.0
+    self._steps = self._examples = self._tokens = 0
     return rates
+
+
+RESULT_FILE = 'result.json'
+
+
+def write_result(
+  model_dir: str | os.PathLike, facts: Mapping[str, Any]
+) -> None:
+  """MODEL_DIR/result.json: what came of a run, for who compares runs.
+
+  Args:
+    model_dir: of the run.
+    facts: of it; what computed it is added.
+  """
+  devices = jax.devices()
+  added = {
+    'devices': f'{len(devices)} x {devices[0].device_kind}',
+    'processes': jax.process_count(),
+    'peak_memory_bytes': peak_memory(),
+    'prompt_tuning_version': prompt_tuning.__version__,
+    'commit': source_commit(),
+    'jax_version': jax.__version__,
+  }
+  with files.replacing(files.place(model_dir) / RESULT_FILE) as file:
+    file.write(json.dumps({**facts, **added}, indent=1) + '\n')
+
+
+def peak_memory() -> int:
+  """Bytes that this process took at most: of the first device, else of RAM."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  unit = 1 if sys.platform == 'darwin' else 1024
+  of_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  return stats.get('peak_bytes_in_use', of_host)
+
+
+def source_commit() -> str | None:
+  """The git commit of this package, '+' where files differ from it.
+
+  None where it is installed without its repository.
+  """
+  folder = pathlib.Path(prompt_tuning.__file__).parent
+  if not (folder.parent / '.git').exists():
+    return None
+  try:
+    found = subprocess.run(
+      ['git', 'describe', '--always', '--dirty=+', '--exclude=*'],
+      cwd=folder,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return found.stdout.strip()
 
 
 def count_parameters(tree: Any) -> int:

@@ -1,0 +1,319 @@
+"""A study: a grid of commands, run where they are not done, and its report.
+
+A cell is an ordinary command with a folder of its own. What is known of it is
+read out of that folder, so runs that were made by hand or on another machine
+count too.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+import pathlib
+import shlex
+from typing import Any, Literal, Protocol
+
+from prompt_tuning import files
+from prompt_tuning.errors import UserError
+from prompt_tuning.study import execution
+from prompt_tuning.study import report
+from prompt_tuning.study import runs as runs_lib
+from prompt_tuning.study.grid import Cell
+from prompt_tuning.study.grid import Grid
+from prompt_tuning.study.runs import Run
+from prompt_tuning.study.views import Results
+from prompt_tuning.study.views import View
+from prompt_tuning.study.views import all_runs
+
+
+class Commands(Protocol):
+  """What is known of commands without running them."""
+
+  def settings(self, arguments: Sequence[str]) -> Mapping[str, Any]:
+    """What a command's arguments come to; UserError if they are at fault."""
+
+  def of_config(self, text: str) -> Mapping[str, Any]:
+    """What the config.gin of a run says."""
+
+  def differences(
+    self, wanted: Mapping[str, Any], found: Mapping[str, Any]
+  ) -> list[str]:
+    """In what a run is not the command's; [] where it is."""
+
+
+def study(
+  title: str,
+  grids: Sequence[Grid],
+  study_dir: str,
+  *,
+  views: Sequence[View] = (),
+  text: str = '',
+  evaluations: Mapping[str, str] | None = None,
+  metric: str = 'score',
+  action: Literal['run', 'list', 'collect'] = 'run',
+  executor: str = 'local',
+  at_once: int = 1,
+  slurm: Mapping[str, Any] | None = None,
+  adopt: Sequence[str] = (),
+  words: str = '',
+  commands: Commands | None = None,
+) -> dict[str, Any]:
+  """Runs what is not done of a study's cells, and writes its report.
+
+  The same call goes on where it stopped; several at once share the cells. What
+  a search or a combination waits for comes in a later round of the same call.
+
+  Args:
+    title: of the report.
+    grids: what the cells are; a cell of two grids is one run.
+    study_dir: has a folder for each cell, `.logs/`, and the report in
+      `report/`: report.md, report.html (which is all by itself), figures, CSV
+      tables, and `runs/<cell>.json`.
+    views: the report's sections; a table of all runs is its last.
+    text: the report's first words.
+    evaluations: {name: words of `eval`} of each cell when it is done, in its
+      `eval_<name>`.
+    metric: by which a search takes the best try, on validation data.
+    action: 'list' gives the commands alone; 'collect' runs nothing.
+    executor: 'local', 'slurm' (an array of jobs), or a command that takes the
+      arguments of `prompt-tuning train`, such as a launcher of scripts/launch.
+    at_once: cells that run side by side; here they share out the devices.
+    slurm: options for submitit: {'timeout_min': 600, 'gpus_per_node': 1}.
+    adopt: folders below which runs of the same settings are looked for.
+    words: further ones of every training.
+    commands: knows what commands come to; None: a folder's contents are taken
+      to be what its name says, and nothing is adopted.
+
+  Returns:
+    {'cells', 'done', 'failed': {cell: last line}, 'report': path}; of 'list'
+    {'commands': lines}.
+
+  Raises:
+    UserError: the grid or a command is at fault, a folder holds another run, or
+      cells failed.
+  """
+  one = _Study(
+    pathlib.Path(files.place(study_dir)),
+    grids,
+    {**(evaluations or {})},
+    metric,
+    words,
+    commands,
+  )
+  if action == 'list':
+    return {'commands': list(one.lines())}
+  one.adopt(adopt)
+  failed: dict[str, str] = {}
+  remark = ''
+  while action == 'run':
+    jobs = [
+      job
+      for cell in one.cells()
+      if cell.name not in failed and (job := one.job(cell)) is not None
+    ]
+    if not jobs:
+      break
+    states = execution.States(jobs, at_once, len(one.done()))
+    if executor == 'local':
+      local = execution.Local(at_once, one.folder / '.compiled')
+      failed |= local.run(jobs, states)
+      if all(state == execution.ELSEWHERE for state in states.found()):
+        remark = f'{len(jobs)} cells run elsewhere'
+        break
+      continue
+    if executor == 'slurm':
+      numbers = execution.on_slurm(jobs, one.folder, at_once, slurm or {})
+      remark = f'submitted to Slurm: {numbers}'
+    else:
+      failed |= execution.by_launcher(jobs, executor, states)
+      remark = f'launched: {len(jobs) - len(failed)}'
+    break
+  cells = one.cells()
+  results = Results(cells, one.done())
+  sections = [view(results) for view in views]
+  folder = one.folder / 'report'
+  done = sum(cell.name in results.runs for cell in cells)
+  counts = f'{done} of {len(cells)} cells are done.'
+  if results.runs:
+    sections.append(all_runs(results))
+  report.write(folder, title, f'{text} {counts}'.strip(), sections)
+  one.write_json(folder / 'runs', cells)
+  if failed:
+    name, line = next(iter(failed.items()))
+    raise UserError(
+      f'{len(failed)} of {len(cells)} cells failed, the first is {name}: {line}'
+      f' ({one.folder}/.logs has more; the same command tries again); the'
+      f' report of the others is {folder / "report.html"}'
+    )
+  found = {'cells': len(cells), 'done': done, 'failed': {}}
+  found |= {'remark': remark} if remark else {}
+  return found | {'report': str(folder / 'report.html')}
+
+
+class _Study:
+  """Cells, and the folders in which they are done."""
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    grids: Sequence[Grid],
+    evaluations: Mapping[str, str],
+    metric: str,
+    words: str,
+    commands: Commands | None,
+  ):
+    self.folder = folder
+    self._grids = grids
+    self._evaluations = evaluations
+    self._metric = metric
+    self._words = shlex.split(words)
+    self._commands = commands
+    self._settings: dict[str, Mapping[str, Any]] = {}
+    self._homes: dict[str, pathlib.Path] = {}
+    self._known: dict[str, Run] = {}
+
+  def cells(self) -> list[Cell]:
+    """All that can be said by now, each once."""
+    found: dict[str, Cell] = {}
+    for grid in self._grids:
+      for cell in grid.cells(lambda name: str(self.home(name)), self._score):
+        if cell.command == 'train':
+          cell = cell.with_words(self._words)
+        other = found.setdefault(cell.name, cell)
+        if other.words != cell.words:
+          raise UserError(
+            f'two cells of the study are called {cell.name}: give their grids'
+            ' other labels'
+          )
+    for cell in found.values():
+      self._place(cell)
+    return list(found.values())
+
+  def home(self, name: str) -> pathlib.Path:
+    """The folder of a cell: its own, or that of a run which is the same."""
+    return self._homes.get(name, self.folder / name)
+
+  def _place(self, cell: Cell) -> None:
+    """Looks at a new cell's words, and gives equal cells one folder."""
+    if self._commands is None or cell.name in self._settings or cell.needs:
+      return  # of what needs others, the folder is theirs to say
+    own = self._commands.settings(cell.arguments(str(self.folder / cell.name)))
+    for name, other in self._settings.items():
+      if not self._commands.differences(own, other):
+        self._homes[cell.name] = self.home(name)
+        break
+    self._settings[cell.name] = own
+
+  def adopt(self, folders: Iterable[str]) -> None:
+    """Finds runs of other folders that are cells of the study."""
+    found = [
+      config.parent
+      for folder in folders
+      for config in sorted(pathlib.Path(folder).rglob('config.gin'))
+    ]
+    if folders and self._commands is None:
+      raise UserError('study.adopt compares configurations: it needs commands')
+    for cell in self.cells():
+      if runs_lib.read_run(self.home(cell.name)) is not None:
+        continue
+      for folder in found:
+        if runs_lib.read_run(folder) is not None and not self._other(
+          cell, folder
+        ):
+          self._homes[cell.name] = folder
+          break
+
+  def _other(self, cell: Cell, folder: pathlib.Path) -> list[str]:
+    """In what a folder's run is not the cell's."""
+    if self._commands is None or cell.name not in self._settings:
+      return []
+    found = self._commands.of_config((folder / 'config.gin').read_text())
+    return self._commands.differences(self._settings[cell.name], found)
+
+  def run(self, cell: Cell) -> Run | None:
+    """What came of a cell, if it and its evaluations are done.
+
+    Raises:
+      UserError: its folder holds a run of other settings.
+    """
+    home = self.home(cell.name)
+    key = str(home)
+    if key not in self._known:
+      found = runs_lib.read_run(home, tuple(self._evaluations))
+      if found is None:
+        return None
+      if other := self._other(cell, home):
+        raise UserError(
+          f'{home} holds a run with another {"; another ".join(other[:4])} than'
+          f' the cell {cell.name}; choose another STUDY_DIR, or move it away'
+        )
+      self._known[key] = found
+    return self._known[key]
+
+  def done(self) -> dict[str, Run]:
+    return {
+      cell.name: run
+      for cell in self.cells()
+      if (run := self.run(cell)) is not None
+    }
+
+  def _score(self, cell: Cell) -> float | None:
+    if cell.command == 'train':
+      cell = cell.with_words(self._words)
+    self._place(cell)
+    run = self.run(cell)
+    return None if run is None else run.value(self._metric)
+
+  def commands(self, cell: Cell) -> Iterator[list[str]]:
+    """Those of a cell that are not done."""
+    home = self.home(cell.name)
+    if cell.command == 'train':
+      if not runs_lib.trained(home):
+        yield cell.arguments(str(home))
+    elif runs_lib.read_run(home) is None:
+      yield cell.arguments(str(home))
+    for name, text in self._evaluations.items():
+      folder = home / f'eval_{name}'
+      if runs_lib.read_run(folder) is None:
+        if cell.command == 'train':
+          words = ['eval', str(home), *shlex.split(text)]
+          yield [*words, f'EVAL_OUTPUT_DIR={folder}']
+        else:
+          yield cell.with_words(shlex.split(text)).arguments(str(folder))
+
+  def job(self, cell: Cell) -> execution.Job | None:
+    """What is left to do of a cell, if it is this study's turn to do it."""
+    home = self.home(cell.name)
+    needed = {one.name: one for one in self.cells() if one.name in cell.needs}
+    if home != self.folder / cell.name or self.run(cell) is not None:
+      return None  # another cell's, or done
+    if any(self.run(one) is None for one in needed.values()):
+      return None
+    return execution.Job(cell.name, home, list(self.commands(cell)))
+
+  def lines(self) -> Iterator[str]:
+    """Commands as a shell takes them; of what is done, the first."""
+    for cell in self.cells():
+      home = self.home(cell.name)
+      if home == self.folder / cell.name:
+        left = list(self.commands(cell))
+        for words in left or [cell.arguments(str(home))]:
+          yield f'prompt-tuning {shlex.join(words)}' + '  # done' * (not left)
+
+  def write_json(self, folder: pathlib.Path, cells: Sequence[Cell]) -> None:
+    """A file for each run: where each number is from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+      if (run := self.run(cell)) is None:
+        continue
+      content = {
+        'cell': cell.name,
+        'labels': cell.labels,
+        'command': shlex.join(cell.arguments(str(run.folder))),
+        'folder': str(run.folder),
+        'config': str(run.folder / 'config.gin'),
+        'evaluations': run.evaluations,
+        'seconds_per_step': run.seconds_per_step,
+        'bytes': run.size,
+        'result': run.facts,
+      }
+      with files.replacing(folder / f'{cell.name}.json') as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + '\n')

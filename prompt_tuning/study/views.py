@@ -1,0 +1,403 @@
+"""What a study shows: tables and figures of its runs.
+
+A view is a function of `Results` that gives a `Section`; the functions here
+make views, and gin names them in `study.views`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
+from typing import Any
+
+from prompt_tuning.errors import UserError
+from prompt_tuning.study import published as published_lib
+from prompt_tuning.study import statistics
+from prompt_tuning.study.grid import SEED
+from prompt_tuning.study.grid import TRY
+from prompt_tuning.study.grid import Cell
+from prompt_tuning.study.runs import VALIDATION
+from prompt_tuning.study.runs import Run
+
+Labels = Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """Cells and what came of them.
+
+  Attributes:
+    cells: of the study.
+    runs: {name of a cell: its run}, of those that are done.
+  """
+
+  cells: Sequence[Cell]
+  runs: Mapping[str, Run]
+
+  def chosen(self) -> list[tuple[Labels, Run]]:
+    """Labels and runs, without the tries that were not the best."""
+    return [
+      (cell.labels, self.runs[cell.name])
+      for cell in self.cells
+      if cell.chosen and cell.name in self.runs
+    ]
+
+  def labels(self, axis: str) -> list[str]:
+    """Of an axis, in the order of the study.
+
+    Raises:
+      UserError: the study has no such axis.
+    """
+    found = dict.fromkeys(
+      cell.labels[axis] for cell in self.cells if axis in cell.labels
+    )
+    if not found:
+      axes = dict.fromkeys(axis for cell in self.cells for axis in cell.labels)
+      raise UserError(
+        f'a view names the axis {axis!r}, the study has {", ".join(axes)}'
+      )
+    return list(found)
+
+  def summary(
+    self, labels: Labels, metric: str, evaluation: str
+  ) -> statistics.Summary | None:
+    """Of the runs that have these labels; seeds are what it is over."""
+    values = [
+      value
+      for found, run in self.chosen()
+      if labels.items() <= found.items()
+      and (value := run.value(metric, evaluation)) is not None
+    ]
+    return statistics.Summary.of(values) if values else None
+
+
+@dataclasses.dataclass
+class Section:
+  """A part of a report.
+
+  Attributes:
+    title: of it.
+    text: Markdown without markup but links.
+    header: of its table.
+    rows: of its table; plain values, that a CSV has too.
+    figure: of matplotlib.
+  """
+
+  title: str
+  text: str = ''
+  header: Sequence[str] = ()
+  rows: Sequence[Sequence[Any]] = ()
+  figure: Any = None
+
+
+View = Callable[[Results], Section]
+
+
+def table(
+  rows: str | Sequence[str],
+  columns: str,
+  metric: str = 'score',
+  evaluation: str = VALIDATION,
+  title: str = '',
+  reference: str | None = None,
+) -> View:
+  """Mean and deviation over seeds, for each label of `rows` and `columns`.
+
+  Args:
+    rows: axes; a line for each product of their labels.
+    columns: an axis.
+    metric: see `Run.value`.
+    evaluation: likewise.
+    title: of the section.
+    reference: the name of published figures (see `published`) that get lines
+      of their own, where their labels are the study's.
+  """
+  axes = (rows,) if isinstance(rows, str) else tuple(rows)
+
+  def view(results: Results) -> Section:
+    names = results.labels(columns)
+    lines = []
+    for labels in itertools.product(*map(results.labels, axes)):
+      chosen = dict(zip(axes, labels))
+      found = [
+        results.summary({**chosen, columns: name}, metric, evaluation)
+        for name in names
+      ]
+      if any(found):
+        lines.append([*labels, *('' if s is None else str(s) for s in found)])
+    text = f'{_of(metric, evaluation)}; mean ± standard deviation over runs.'
+    if reference is not None:
+      source, figures = published_lib.figures(reference)
+      text += f' Published: {source}.'
+      for label, by_column in figures.items():
+        values = [by_column.get(name, '') for name in names]
+        if any(values):
+          lines.append(
+            [f'published: {label}', *[''] * (len(axes) - 1), *values]
+          )
+    header = [*axes, *names]
+    return Section(title or f'{metric} by {columns}', text, header, lines)
+
+  return view
+
+
+def figure(
+  x: str,
+  lines: str,
+  panels: str | None = None,
+  metric: str = 'score',
+  evaluation: str = VALIDATION,
+  title: str = '',
+  x_values: Mapping[str, float] | None = None,
+  reference: str | None = None,
+) -> View:
+  """A plot: a line for each label of an axis, over the labels of another.
+
+  Args:
+    x: an axis; labels that are numbers stand in their place.
+    lines: an axis.
+    panels: an axis, a plot for each of its labels; None: one plot, of the mean
+      over all other axes.
+    metric: see `Run.value`.
+    evaluation: likewise.
+    title: of the section.
+    x_values: places of `x`'s labels on a logarithmic axis, such as sizes.
+    reference: published figures, drawn dashed, by their own labels of x.
+  """
+
+  def view(results: Results) -> Section:
+    from matplotlib.figure import Figure
+
+    names = results.labels(panels) if panels else [None]
+    places = _places(results.labels(x), x_values)
+    width = 5.5 if len(names) == 1 else 3.6 * len(names)
+    drawn = Figure(figsize=(width, 4), layout='constrained')
+    plots = drawn.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for plot, name in zip(plots, names):
+      for label in results.labels(lines):
+        _line(
+          plot,
+          results,
+          places,
+          x,
+          {lines: label} | ({panels: name} if panels else {}),
+          metric,
+          evaluation,
+          label,
+        )
+      if x_values:
+        plot.set_xscale('log')
+      plot.set_xticks(list(places.values()), list(places))
+      plot.minorticks_off()
+      plot.set(xlabel=x, title=name or '')
+      plot.grid(alpha=0.3)
+    plots[0].set(ylabel=metric)
+    plots[-1].legend(fontsize='small')
+    text = f'{_of(metric, evaluation)}; bars: standard deviation over runs.'
+    if reference is not None:
+      source, figures = published_lib.figures(reference)
+      text += f' For comparison: {source}.'
+      for label, by_x in figures.items():
+        known = {n: v for n, v in by_x.items() if n in places}
+        if known:
+          plots[0].plot(
+            [places[n] for n in known],
+            [published_lib.number(v) for v in known.values()],
+            '--',
+            alpha=0.5,
+            label=f'{label}, published',
+          )
+      plots[-1].legend(fontsize='small')
+    return Section(title or f'{metric} over {x}', text, figure=drawn)
+
+  return view
+
+
+def _line(plot, results, places, x, chosen, metric, evaluation, label):
+  """Draws one line with its deviations, where there are values."""
+  points = [
+    (place, summary)
+    for name, place in places.items()
+    if (summary := results.summary({**chosen, x: name}, metric, evaluation))
+  ]
+  if not points:
+    return
+  plot.errorbar(
+    [place for place, _ in points],
+    [summary.mean for _, summary in points],
+    [summary.deviation or 0 for _, summary in points],
+    marker='o',
+    capsize=3,
+    label=label,
+  )
+
+
+def _places(
+  labels: Sequence[str], x_values: Mapping[str, float] | None
+) -> dict[str, float]:
+  if x_values:
+    missing = [label for label in labels if label not in x_values]
+    if missing:
+      raise UserError(f'figure.x_values has no {missing[0]!r}')
+    return {label: x_values[label] for label in labels}
+  try:
+    return {label: float(label) for label in labels}
+  except ValueError:
+    return {label: float(i) for i, label in enumerate(labels)}
+
+
+def compare(
+  axis: str,
+  labels: Sequence[str],
+  evaluation: str = VALIDATION,
+  title: str = '',
+) -> View:
+  """Two labels of an axis against each other, on the examples they share.
+
+  Args:
+    axis: of the two.
+    labels: the two.
+    evaluation: whose answers.
+    title: of the section.
+  """
+  if len(labels) != 2:
+    raise UserError(f'compare.labels takes two labels, got {list(labels)}')
+
+  def view(results: Results) -> Section:
+    groups: dict[tuple, dict[tuple, dict[str, Run]]] = {}
+    for found, run in results.chosen():
+      if found.get(axis) in labels:
+        kept = {k: v for k, v in found.items() if k not in (axis, SEED, TRY)}
+        pairs = groups.setdefault(tuple(kept.items()), {})
+        pairs.setdefault(found.get(SEED), {})[found[axis]] = run
+    rows = []
+    for kept, by_seed in groups.items():
+      pairs = [
+        tuple(runs[label].answers(evaluation) for label in labels)
+        for runs in by_seed.values()
+        if len(runs) == 2
+      ]
+      one = statistics.compare(pairs)
+      if one is not None:
+        rows.append(
+          [
+            *(label for _, label in kept),
+            f'{one.difference:+.1f}',
+            f'{one.low:+.1f} to {one.high:+.1f}',
+            f'{one.p_value:.2g}',
+            one.examples,
+            one.pairs,
+          ]
+        )
+    names = [name for name, _ in next(iter(groups), ())]
+    header = [*names, 'difference', '95%', 'p', 'examples', 'pairs of runs']
+    text = (
+      f'{labels[0]} minus {labels[1]}, percent of right answers'
+      f" ({evaluation}); bootstrap interval over examples; p of McNemar's exact"
+      ' test on the first pair of runs.'
+    )
+    said = title or f'{labels[0]} against {labels[1]}'
+    return Section(said, text, header, rows)
+
+  return view
+
+
+def tries(metric: str = 'score', title: str = 'The search') -> View:
+  """What each try of a search gave with the first seed, and the best."""
+
+  def view(results: Results) -> Section:
+    rows, axes = [], []
+    for cell in results.cells:
+      if TRY in cell.labels:
+        axes = [axis for axis in cell.labels if axis not in (TRY, SEED)]
+        run = results.runs.get(cell.name)
+        value = None if run is None else run.value(metric)
+        rows.append(
+          [
+            *(cell.labels[axis] for axis in axes),
+            cell.labels[TRY],
+            '' if value is None else f'{value:.1f}',
+            'taken' if cell.chosen else '',
+          ]
+        )
+    text = f'{_of(metric, VALIDATION)}, first seed.'
+    return Section(title, text, [*axes, 'try', metric, ''], rows)
+
+  return view
+
+
+def published(name: str, title: str = '') -> View:
+  """Figures that others published, as they stand there.
+
+  Args:
+    name: see `published.FIGURES`.
+    title: of the section.
+  """
+  source, figures = published_lib.figures(name)
+
+  def view(results: Results) -> Section:
+    del results
+    names = list(
+      dict.fromkeys(column for by in figures.values() for column in by)
+    )
+    rows = [
+      [label, *(by.get(column, '') for column in names)]
+      for label, by in figures.items()
+    ]
+    return Section(title or f'Published: {name}', source, ['', *names], rows)
+
+  return view
+
+
+def all_runs(results: Results) -> Section:
+  """Which run each number is from, and what it took."""
+  axes = list(
+    dict.fromkeys(axis for cell in results.cells for axis in cell.labels)
+  )
+  rows = []
+  for cell in results.cells:
+    if (run := results.runs.get(cell.name)) is None:
+      continue
+    facts = run.facts
+    rows.append(
+      [
+        *(cell.labels.get(axis, '') for axis in axes),
+        _number(run.value('score') if _has_score(run) else None, '.1f'),
+        _number(facts.get('trained_parameters'), ',d'),
+        _number(facts.get('best_step'), ',d'),
+        _number(facts.get('steps'), ',d'),
+        _number(run.seconds_per_step, '.3f'),
+        _number(facts.get('seconds'), '.0f'),
+        _number(_scaled(facts.get('peak_memory_bytes'), 1e6), '.0f'),
+        _number(_scaled(run.size, 1e3), ',.0f'),
+        facts.get('commit') or facts.get('prompt_tuning_version') or '',
+        str(run.folder),
+      ]
+    )
+  header = [
+    *axes,
+    *('score', 'trained', 'best step', 'steps', 's/step', 's'),
+    *('peak MB', 'kB', 'commit', 'run'),
+  ]
+  text = (
+    'Score on validation data at the best step; trained parameters; median'
+    ' seconds of a step, seconds of the run, most memory of the process, size'
+    ' of what was trained as files. config.gin in each folder is the whole'
+    ' configuration, its seed included.'
+  )
+  return Section('Runs', text, header, rows)
+
+
+def _has_score(run: Run) -> bool:
+  return 'score' in run.evaluations[VALIDATION]
+
+
+def _scaled(value: float | None, by: float) -> float | None:
+  return None if value is None else value / by
+
+
+def _number(value: Any, form: str) -> str:
+  return '' if value is None else format(value, form)
+
+
+def _of(metric: str, evaluation: str) -> str:
+  return f'{metric} ({evaluation})'

@@ -1,0 +1,63 @@
+"""Contextual calibration of labels (Zhao et al. 2021, section 5)."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Float, Int
+import numpy as np
+from scipy import special
+
+from prompt_tuning.data.demonstrations import CONTENT_FREE
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.virtual_tokens import encoder_row
+
+
+def content_free_rows(
+  prefix: str,
+  template: str | None,
+  vocabulary,
+  inputs_length: int,
+  virtual_tokens: VirtualTokens | None,
+) -> Int[np.ndarray, 'F T']:
+  """The encoder's rows for inputs that say nothing.
+
+  Args:
+    prefix: what stands in front of every input.
+    template: of the task's inputs, whose fields all say nothing; None: it is
+      not known, and the whole input does.
+    vocabulary: seqio's.
+    inputs_length: of the rows, virtual tokens not counted.
+    virtual_tokens: that stand among them.
+  """
+  from prompt_tuning.data.templates import Template
+
+  rows = []
+  for nothing in CONTENT_FREE:
+    text = nothing
+    if template is not None:
+      fields = dict.fromkeys(Template(template).fields, nothing)
+      text = Template(template).fill(fields, 'a content-free input')
+    ids = vocabulary.encode(prefix + text)
+    rows.append(encoder_row(ids, inputs_length, virtual_tokens))
+  return np.stack(rows)
+
+
+def calibrated(
+  likelihoods: Float[np.ndarray, 'N C'],
+  content_free: Float[np.ndarray, 'F C'],
+) -> Float[np.ndarray, 'N C']:
+  """Log-likelihoods of labels less what the model thinks of them anyway.
+
+  That is the mean of the labels' probabilities over the content-free inputs,
+  each normalised over the labels.
+  """
+  anyway = special.softmax(content_free, axis=-1).mean(axis=0)
+  return likelihoods - np.log(anyway)
+
+
+def batch_of(
+  rows: Int[np.ndarray, 'F T'], batch: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """A batch like another one with these rows in it, again and again."""
+  size = len(batch['encoder_input_tokens'])
+  numbers = np.arange(size) % len(rows)
+  return {**batch, 'encoder_input_tokens': rows[numbers]}
