@@ -58,7 +58,10 @@ CONFIGURABLES = {
   'study': 'prompt_tuning.study.study',
   'Grid': 'prompt_tuning.study.grid',
   **dict.fromkeys(
-    ('table', 'figure', 'compare', 'tries', 'published'),
+    (
+      *('table', 'figure', 'compare', 'tries', 'published'),
+      *('bars', 'every_metric', 'ensembles', 'parameters'),
+    ),
     'prompt_tuning.study.views',
   ),
 }
@@ -122,6 +125,14 @@ def settings(function: str, request: Request) -> dict[str, Any]:
   """
   usage, _ = _checked(function, request)
   return _settings([b for b in usage.bindings if str(b) in usage.used])
+
+
+def unused(function: str, request: Request) -> set[str]:
+  """What is typed and nothing that the function calls uses."""
+  found, _ = gin_files.read_bindings(request)
+  usage = _Usage(function, gin_files.holding(found))
+  typed = (b for b in usage.bindings if b.level[0] == gin_files.TYPED)
+  return {str(b) for b in typed if str(b) not in usage.used}
 
 
 def settings_of_run(config: str) -> dict[str, Any]:

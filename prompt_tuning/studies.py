@@ -13,13 +13,14 @@ FLAGS_HELP = """\
 Words and flags:
   FILE              a study: a gin file, of studies/ or of yours
   STUDY_DIR=FOLDER  where its runs and its report are
-  NAME=VALUE        binds, in every training of the study; study.NAME=VALUE and
-                    the like bind in the study itself
+  NAME=VALUE        binds, in every command of the study that has a use for it;
+                    study.NAME=VALUE and the like bind in the study itself
   --list            prints the commands
   --collect         writes the report of what is done, and runs nothing
   --at_once=N       so many cells side by side, each with its share of devices
   --executor=WHO    local; slurm (an array, by submitit); or the command of a
                     launcher, such as scripts/launch/jobset.sh
+  --only=AXIS:A,B   the cells of these labels alone
   --adopt=FOLDER    takes runs below it that are cells of the study
   --help            this text"""
 _ACTIONS = {'--list': 'list', '--collect': 'collect'}
@@ -28,6 +29,7 @@ _VALUES = {
   '--at_once': 'study.at_once={}',
   '--adopt': 'study.adopt=[{!r}]',
 }
+_ONLY = '--only'
 _OWN_MODULE = 'prompt_tuning.study.'
 
 
@@ -37,7 +39,7 @@ def own_words(arguments: Sequence[str]) -> list[str]:
   Raises:
     ConfigurationError: an unknown flag, or one without its value.
   """
-  own, others = [], []
+  own, others, only = [], [], {}
   for word in arguments:
     flag, equals, value = word.partition('=')
     if word in _ACTIONS:
@@ -46,17 +48,23 @@ def own_words(arguments: Sequence[str]) -> list[str]:
       if not value:
         raise ConfigurationError(f'{flag} needs a value: {flag}=...')
       own.append(_VALUES[flag].format(value))
+    elif flag == _ONLY:
+      axis, _, labels = value.partition(':')
+      if not labels:
+        raise ConfigurationError(f'{_ONLY} takes AXIS:LABEL,LABEL, got {value}')
+      only[axis] = labels.split(',')
     elif flag.startswith('--') and flag not in (
       '--gin_file',
       '--gin_search_paths',
       '--allow_import',
     ):
-      near = gin_files.nearest(flag, [*_ACTIONS, *_VALUES, '--help'])
+      near = gin_files.nearest(flag, [*_ACTIONS, *_VALUES, _ONLY, '--help'])
       raise ConfigurationError(f'{flag} is not a flag of study{near}')
     elif not equals or flag.startswith('--') or _is_own(flag):
       own.append(word)
     else:
       others.append(word)
+  own += [f'study.only={only!r}'] if only else []
   return own + ([f'study.words={shlex.join(others)!r}'] if others else [])
 
 
@@ -99,6 +107,13 @@ class Commands:
       raise ConfigurationError(
         f'{line} (in prompt-tuning {shlex.join(arguments)})'
       ) from None
+
+  def using(self, arguments: Sequence[str], words: Sequence[str]) -> list[str]:
+    command, *rest = arguments
+    function, own_file = self._functions[command]
+    request, _ = self._parse([*rest, *words], own_file)
+    spare = configuration.unused(function, request)
+    return [word for word in words if word.partition('=')[0] not in spare]
 
   def of_config(self, text: str) -> dict[str, Any]:
     return configuration.settings_of_run(text)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from typing import Any, TextIO
 
 from etils import epath
@@ -238,7 +239,8 @@ def evaluate(
     model: the T5.
     base: its checkpoint.
     evaluation: an `Evaluation`: the task, its split and lengths.
-    output_dir: gets the predictions, the metrics and config.gin.
+    output_dir: gets the predictions, the metrics, config.gin and result.json
+      (seconds, with what is compiled for it, and memory).
     trained: of methods, as `load_trained` gives them; none for T5 alone.
     dtype: of the frozen weights; None: see `loading.load`.
     check_fingerprint: refuse what was trained on another base.
@@ -287,7 +289,12 @@ def evaluate(
   _say(loaded)
   step = trained[0].facts.get('step') if trained else None
   step = base.step if step is None else step
-  return evaluator.evaluate(loaded.variables, int(step or 0))
+  began = time.monotonic()
+  found = evaluator.evaluate(loaded.variables, int(step or 0))
+  if hosts.is_primary():
+    seconds = {'seconds': time.monotonic() - began}
+    reporting.write_result(folder, seconds | {'evaluated': dict(found)})
+  return found
 
 
 def _write_config(file: epath.Path, text: str, overwrite: bool) -> None:

@@ -22,7 +22,7 @@ from prompt_tuning.errors import UserError
 
 Axis = Mapping[str, str] | Sequence[Any]
 # The axis whose labels repeat an experiment.
-SEED = 'seed'
+SEED = 'SEED'
 # The axis that a search of `Grid.tries` adds.
 TRY = 'try'
 
@@ -66,11 +66,11 @@ class Grid:
   """Axes, and which of their products are cells.
 
   Attributes:
-    axes: {name: axis}; the axis 'seed' repeats, and comes last.
+    axes: {name: axis}; the axis 'SEED' repeats, and comes last.
     words: of every command.
     tries: {label: words of each try}: a label's search, with the first seed;
       the other seeds take the words that were best by the validation score.
-    skip: labels whose product is no cell, each a {axis: label}.
+    skip: labels whose product is no cell, each a {axis: label or labels}.
     combined: {label: words} of one more command for all cells that differ in
       their seed alone, after them; `{runs}` in it stands for their folders,
       `{run}` for the first. The label takes the place of the seed's.
@@ -79,13 +79,15 @@ class Grid:
   axes: Mapping[str, Axis]
   words: str = ''
   tries: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-  skip: Sequence[Mapping[str, str]] = ()
+  skip: Sequence[Mapping[str, str | Sequence[str]]] = ()
   combined: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     known = {label for axis in self._choices().values() for label in axis}
-    named = {x for chosen in self.skip for x in chosen.values()} | {*self.tries}
-    for label in sorted(named - known):
+    skipped = [
+      x for one in self.skip for ax in one.values() for x in _several(ax)
+    ]
+    for label in sorted({*skipped, *self.tries} - known):
       raise UserError(
         f'{label!r} is no label of the study; it has {", ".join(sorted(known))}'
       )
@@ -104,6 +106,33 @@ class Grid:
     seeds = found.pop(SEED, None)
     return found | ({} if seeds is None else {SEED: seeds})
 
+  def only(self, chosen: Mapping[str, str | Sequence[str]]) -> 'Grid':
+    """The part of it that has these labels, {axis: label or labels}.
+
+    Raises:
+      UserError: one of its axes has no such label.
+    """
+    axes = self._choices()
+    for name, labels in chosen.items():
+      if name in axes:
+        for label in _several(labels):
+          if label not in axes[name]:
+            raise UserError(
+              f'{name!r} has no {label!r}; it has {", ".join(axes[name])}'
+            )
+        axes[name] = {label: axes[name][label] for label in _several(labels)}
+    kept = {label for axis in axes.values() for label in axis}
+    return dataclasses.replace(
+      self,
+      axes=axes,
+      tries={label: t for label, t in self.tries.items() if label in kept},
+      skip=[
+        one
+        for one in self.skip
+        if all({*_several(ax)} <= kept for ax in one.values())
+      ],
+    )
+
   def cells(
     self,
     folder: Callable[[str], str],
@@ -119,7 +148,7 @@ class Grid:
     seeds = choices.pop(SEED, {'': ''})
     cells = []
     for labels, words in _product(choices):
-      if any(chosen.items() <= labels.items() for chosen in self.skip):
+      if any(_has(labels, chosen) for chosen in self.skip):
         continue
       group = list(self._group(labels, words, seeds, score))
       cells += group
@@ -177,6 +206,16 @@ class Grid:
       named = {**labels, SEED: label}
       needs = tuple(cell.name for cell in done)
       yield Cell(_name(named), named, tuple(words), needs)
+
+
+def _has(
+  labels: Mapping[str, str], chosen: Mapping[str, str | Sequence[str]]
+) -> bool:
+  return all(labels.get(name) in _several(ax) for name, ax in chosen.items())
+
+
+def _several(labels: str | Sequence[str]) -> Sequence[str]:
+  return (labels,) if isinstance(labels, str) else labels
 
 
 def _product(

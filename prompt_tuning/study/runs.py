@@ -23,7 +23,7 @@ class Run:
 
   Attributes:
     folder: MODEL_DIR of a training, EVAL_OUTPUT_DIR of an evaluation.
-    facts: of MODEL_DIR/result.json; of an evaluation nothing.
+    facts: of its result.json.
     evaluations: {name: {'task/metric': value}}: 'validation' of a training's
       best step, and its further evaluations by the ends of their folders,
       `eval_<name>`; of an evaluation the one it made, called 'validation'.
@@ -60,6 +60,10 @@ class Run:
     """The text of config.gin."""
     return (self.folder / 'config.gin').read_text()
 
+  @property
+  def is_training(self) -> bool:
+    return 'steps' in self.facts
+
   @functools.cached_property
   def seconds_per_step(self) -> float | None:
     """The median of its lines of metrics; the first holds the compilation."""
@@ -73,7 +77,7 @@ class Run:
   @functools.cached_property
   def size(self) -> int | None:
     """Bytes of the files of what was trained; of T5 itself, of a checkpoint."""
-    if not self.facts:
+    if not self.is_training:
       return None
     folders = [self.folder / name for name in self.facts['methods']]
     if not any(folder.is_dir() for folder in folders):
@@ -91,7 +95,7 @@ class Run:
     Right is a prediction that is the target, as texts.
     """
     folder, step = self.folder, '*'
-    if self.facts:
+    if self.is_training:
       folder = folder / 'eval'
       step = str(self.facts['base_step'] + self.facts['best_step'])
     if evaluation != VALIDATION:
@@ -133,14 +137,10 @@ def read_run(
   folder = pathlib.Path(folder)
   found = {path.name[5:]: _evaluated(path) for path in folder.glob('eval_*')}
   found = {name: values for name, values in found.items() if values}
-  facts = {}
-  try:
-    facts = json.loads((folder / RESULT_FILE).read_text())
-    found[VALIDATION] = facts['metrics']
-  except (OSError, ValueError, KeyError):
-    if not (values := _evaluated(folder)):
-      return None
-    found[VALIDATION] = values
+  facts = _facts(folder)
+  found[VALIDATION] = facts.get('metrics') or _evaluated(folder)
+  if not found[VALIDATION]:
+    return None
   if not {*evaluations} <= {*found}:
     return None
   return Run(folder, facts, found)
@@ -148,7 +148,14 @@ def read_run(
 
 def trained(folder: str | os.PathLike) -> bool:
   """Whether a training ended there."""
-  return (pathlib.Path(folder) / RESULT_FILE).is_file()
+  return 'steps' in _facts(pathlib.Path(folder))
+
+
+def _facts(folder: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads((folder / RESULT_FILE).read_text())
+  except (OSError, ValueError):
+    return {}
 
 
 def _evaluated(folder: pathlib.Path) -> dict[str, float]:

@@ -30,6 +30,9 @@ class Commands(Protocol):
   def settings(self, arguments: Sequence[str]) -> Mapping[str, Any]:
     """What a command's arguments come to; UserError if they are at fault."""
 
+  def using(self, arguments: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Those of further words that a command has a use for."""
+
   def of_config(self, text: str) -> Mapping[str, Any]:
     """What the config.gin of a run says."""
 
@@ -53,6 +56,7 @@ def study(
   at_once: int = 1,
   slurm: Mapping[str, Any] | None = None,
   adopt: Sequence[str] = (),
+  only: Mapping[str, str | Sequence[str]] | None = None,
   words: str = '',
   commands: Commands | None = None,
 ) -> dict[str, Any]:
@@ -78,7 +82,8 @@ def study(
     at_once: cells that run side by side; here they share out the devices.
     slurm: options for submitit: {'timeout_min': 600, 'gpus_per_node': 1}.
     adopt: folders below which runs of the same settings are looked for.
-    words: further ones of every training.
+    only: {axis: label or labels} of the cells to look at; None: all.
+    words: further ones, of every command that has a use for them.
     commands: knows what commands come to; None: a folder's contents are taken
       to be what its name says, and nothing is adopted.
 
@@ -90,9 +95,15 @@ def study(
     UserError: the grid or a command is at fault, a folder holds another run, or
       cells failed.
   """
+  known = {axis for grid in grids for axis in grid.axes}
+  for axis in only or {}:
+    if axis not in known:
+      raise UserError(
+        f'study.only has {axis!r}, the axes are {", ".join(sorted(known))}'
+      )
   one = _Study(
     pathlib.Path(files.place(study_dir)),
-    grids,
+    [grid.only(only or {}) for grid in grids],
     {**(evaluations or {})},
     metric,
     words,
@@ -127,7 +138,7 @@ def study(
       remark = f'launched: {len(jobs) - len(failed)}'
     break
   cells = one.cells()
-  results = Results(cells, one.done())
+  results = Results(cells, one.done(), one.settings)
   sections = [view(results) for view in views]
   folder = one.folder / 'report'
   done = sum(cell.name in results.runs for cell in cells)
@@ -167,6 +178,7 @@ class _Study:
     self._words = shlex.split(words)
     self._commands = commands
     self._settings: dict[str, Mapping[str, Any]] = {}
+    self._more: dict[str, list[str]] = {}
     self._homes: dict[str, pathlib.Path] = {}
     self._known: dict[str, Run] = {}
 
@@ -175,17 +187,32 @@ class _Study:
     found: dict[str, Cell] = {}
     for grid in self._grids:
       for cell in grid.cells(lambda name: str(self.home(name)), self._score):
-        if cell.command == 'train':
-          cell = cell.with_words(self._words)
+        cell = self._with_words(cell)
         other = found.setdefault(cell.name, cell)
         if other.words != cell.words:
           raise UserError(
             f'two cells of the study are called {cell.name}: give their grids'
             ' other labels'
           )
+    used = {word for words in self._more.values() for word in words}
+    for word in self._words:
+      if self._commands is not None and word not in used:
+        raise UserError(f'{word} is of no use to any command of the study')
     for cell in found.values():
       self._place(cell)
     return list(found.values())
+
+  def _with_words(self, cell: Cell) -> Cell:
+    """It with what was asked for on the command line, as far as it applies."""
+    words = self._words
+    if cell.needs or not words:
+      return cell
+    if self._commands is not None:
+      if cell.name not in self._more:
+        arguments = cell.arguments(str(self.folder / cell.name))
+        self._more[cell.name] = self._commands.using(arguments, words)
+      words = self._more[cell.name]
+    return cell.with_words(words)
 
   def home(self, name: str) -> pathlib.Path:
     """The folder of a cell: its own, or that of a run which is the same."""
@@ -201,6 +228,10 @@ class _Study:
         self._homes[cell.name] = self.home(name)
         break
     self._settings[cell.name] = own
+
+  def settings(self, cell: Cell) -> Mapping[str, Any]:
+    """What its command comes to, as far as anybody knows."""
+    return self._settings.get(cell.name, {})
 
   def adopt(self, folders: Iterable[str]) -> None:
     """Finds runs of other folders that are cells of the study."""
@@ -256,8 +287,7 @@ class _Study:
     }
 
   def _score(self, cell: Cell) -> float | None:
-    if cell.command == 'train':
-      cell = cell.with_words(self._words)
+    cell = self._with_words(cell)
     self._place(cell)
     run = self.run(cell)
     return None if run is None else run.value(self._metric)

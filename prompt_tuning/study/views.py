@@ -11,6 +11,7 @@ from typing import Any
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.study import published as published_lib
+from prompt_tuning.study import sizes
 from prompt_tuning.study import statistics
 from prompt_tuning.study.grid import SEED
 from prompt_tuning.study.grid import TRY
@@ -28,10 +29,12 @@ class Results:
   Attributes:
     cells: of the study.
     runs: {name of a cell: its run}, of those that are done.
+    settings: of a cell's command, {'Prompt.length': 20, ...}.
   """
 
   cells: Sequence[Cell]
   runs: Mapping[str, Run]
+  settings: Callable[[Cell], Mapping[str, Any]] = lambda cell: {}
 
   def chosen(self) -> list[tuple[Labels, Run]]:
     """Labels and runs, without the tries that were not the best."""
@@ -60,13 +63,19 @@ class Results:
   def summary(
     self, labels: Labels, metric: str, evaluation: str
   ) -> statistics.Summary | None:
-    """Of the runs that have these labels; seeds are what it is over."""
-    values = [
-      value
-      for found, run in self.chosen()
-      if labels.items() <= found.items()
-      and (value := run.value(metric, evaluation)) is not None
-    ]
+    """Over the seeds, of the runs that have these labels.
+
+    A seed's value is the mean over all other axes; a seed that lacks some of
+    their runs is left out.
+    """
+    by_seed: dict[str, list[float]] = {}
+    for found, run in self.chosen():
+      if labels.items() <= found.items():
+        value = run.value(metric, evaluation)
+        if value is not None:
+          by_seed.setdefault(found.get(SEED, ''), []).append(value)
+    most = max(map(len, by_seed.values()), default=0)
+    values = [sum(v) / most for v in by_seed.values() if len(v) == most]
     return statistics.Summary.of(values) if values else None
 
 
@@ -99,6 +108,7 @@ def table(
   evaluation: str = VALIDATION,
   title: str = '',
   reference: str | None = None,
+  average: str | None = None,
 ) -> View:
   """Mean and deviation over seeds, for each label of `rows` and `columns`.
 
@@ -110,6 +120,7 @@ def table(
     title: of the section.
     reference: the name of published figures (see `published`) that get lines
       of their own, where their labels are the study's.
+    average: the label of a last line, the mean over all rows of a column.
   """
   axes = (rows,) if isinstance(rows, str) else tuple(rows)
 
@@ -124,6 +135,10 @@ def table(
       ]
       if any(found):
         lines.append([*labels, *('' if s is None else str(s) for s in found)])
+    if average is not None:
+      found = [results.summary({columns: n}, metric, evaluation) for n in names]
+      values = ['' if one is None else str(one) for one in found]
+      lines.append([average, *[''] * (len(axes) - 1), *values])
     text = f'{_of(metric, evaluation)}; mean ± standard deviation over runs.'
     if reference is not None:
       source, figures = published_lib.figures(reference)
@@ -245,6 +260,96 @@ def _places(
     return {label: float(i) for i, label in enumerate(labels)}
 
 
+def bars(
+  axis: str,
+  metric: str = 'score',
+  evaluation: str = VALIDATION,
+  title: str = '',
+) -> View:
+  """A bar for each label of an axis, and their numbers.
+
+  Args:
+    axis: of the study.
+    metric: see `Run.value`.
+    evaluation: likewise.
+    title: of the section.
+  """
+
+  def view(results: Results) -> Section:
+    from matplotlib.figure import Figure
+
+    found = {
+      label: summary
+      for label in results.labels(axis)
+      if (summary := results.summary({axis: label}, metric, evaluation))
+    }
+    drawn = Figure(figsize=(5.5, 3.5), layout='constrained')
+    plot = drawn.subplots()
+    plot.bar(
+      list(found),
+      [summary.mean for summary in found.values()],
+      yerr=[summary.deviation or 0 for summary in found.values()],
+      capsize=4,
+      alpha=0.7,
+    )
+    plot.set(ylabel=metric, xlabel=axis)
+    plot.tick_params(axis='x', labelsize='small')
+    plot.grid(alpha=0.3, axis='y')
+    rows = [
+      [label, str(summary), len(summary.values)]
+      for label, summary in found.items()
+    ]
+    text = f'{_of(metric, evaluation)}; bars: standard deviation over runs.'
+    return Section(title or axis, text, [axis, metric, 'runs'], rows, drawn)
+
+  return view
+
+
+def every_metric(
+  columns: str, evaluation: str = VALIDATION, title: str = 'Every metric'
+) -> View:
+  """All metrics of all tasks, those evaluated zero-shot too.
+
+  Args:
+    columns: an axis.
+    evaluation: see `Run.value`.
+    title: of the section.
+  """
+
+  def view(results: Results) -> Section:
+    names = results.labels(columns)
+    found: dict[tuple, dict[str, dict[str, list[float]]]] = {}
+    for labels, run in results.chosen():
+      kept = tuple(
+        v for k, v in labels.items() if k not in (columns, SEED, TRY)
+      )
+      for metric, value in run.evaluations.get(evaluation, {}).items():
+        if '/' in metric and not metric.endswith('_share'):
+          by_label = found.setdefault(kept, {}).setdefault(metric, {})
+          by_label.setdefault(labels.get(columns, ''), []).append(value)
+    rows = [
+      [
+        *kept,
+        metric,
+        *(
+          str(statistics.Summary.of(by_label[n])) if n in by_label else ''
+          for n in names
+        ),
+      ]
+      for kept, metrics in found.items()
+      for metric, by_label in sorted(metrics.items())
+    ]
+    axes = [
+      axis
+      for axis in next((labels for labels, _ in results.chosen()), {})
+      if axis not in (columns, SEED, TRY)
+    ]
+    text = f'{evaluation}; mean ± standard deviation over runs.'
+    return Section(title, text, [*axes, 'metric', *names], rows)
+
+  return view
+
+
 def compare(
   axis: str,
   labels: Sequence[str],
@@ -301,13 +406,119 @@ def compare(
   return view
 
 
+def ensembles(
+  evaluation: str = VALIDATION, title: str = 'Prompt ensembles'
+) -> View:
+  """Average and best of the members beside their vote (paper, table 3).
+
+  Args:
+    evaluation: of the runs of `Evaluation.ensemble`.
+    title: of the section.
+  """
+
+  def view(results: Results) -> Section:
+    rows, axes = [], []
+    for labels, run in results.chosen():
+      found = run.evaluations.get(evaluation, {})
+      if 'members/mean_score' not in found:
+        continue
+      axes = [axis for axis in labels if axis != SEED]
+      members = sum(
+        name.startswith('members/') and name.count('/') == 2 for name in found
+      )
+      rows.append(
+        [
+          *(labels[axis] for axis in axes),
+          members,
+          *(
+            f'{found[name]:.1f}'
+            for name in ('members/mean_score', 'members/best_score', 'score')
+          ),
+          _number(run.facts.get('seconds'), '.0f'),
+          _number(_scaled(run.facts.get('peak_memory_bytes'), 1e6), '.0f'),
+        ]
+      )
+    header = [
+      *axes,
+      *('prompts', 'average', 'best', 'ensemble', 's', 'peak MB'),
+    ]
+    text = (
+      f'score ({evaluation}): of single prompts in the mean and at best, and of'
+      ' the majority of their answers (of equally many votes the first'
+      " prompt's). One pass over the data for all prompts: seconds, and most"
+      ' memory of the process.'
+    )
+    return Section(title, text, header, rows)
+
+  return view
+
+
+def parameters(
+  rows: str = 'method', columns: str = 'model', title: str = 'Parameters'
+) -> View:
+  """Trained parameters and their share, out of shapes alone: no run is needed.
+
+  Args:
+    rows: an axis.
+    columns: an axis.
+    title: of the section.
+  """
+
+  def view(results: Results) -> Section:
+    from matplotlib.figure import Figure
+
+    names = results.labels(columns)
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for cell in results.cells:
+      at = cell.labels.get(rows), cell.labels.get(columns)
+      if cell.command == 'train' and None not in at and at not in counts:
+        counts[at] = sizes.parameters(results.settings(cell))
+    drawn = Figure(figsize=(5.5, 4), layout='constrained')
+    plot = drawn.subplots()
+    lines = []
+    for label in results.labels(rows):
+      known = {n: counts[label, n] for n in names if (label, n) in counts}
+      if not known:
+        continue
+      lines.append(
+        [
+          label,
+          *(
+            f'{known[n][0]:,} ({_percent(*known[n])})' if n in known else ''
+            for n in names
+          ),
+        ]
+      )
+      plot.plot(
+        [total for _, total in known.values()],
+        [trained for trained, _ in known.values()],
+        marker='o',
+        label=label,
+      )
+    plot.set(xscale='log', yscale='log', xlabel='parameters of the model')
+    plot.set(ylabel='trained parameters')
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize='small')
+    text = 'Trained parameters, and their share of all; counted from shapes.'
+    return Section(title, text, [rows, *names], lines, drawn)
+
+  return view
+
+
+def _percent(trained: int, total: int) -> str:
+  return f'{100 * trained / total:.3g}%'
+
+
 def tries(metric: str = 'score', title: str = 'The search') -> View:
   """What each try of a search gave with the first seed, and the best."""
 
   def view(results: Results) -> Section:
     rows, axes = [], []
+    first = next(
+      (c.labels[SEED] for c in results.cells if SEED in c.labels), ''
+    )
     for cell in results.cells:
-      if TRY in cell.labels:
+      if TRY in cell.labels and cell.labels.get(SEED, '') == first:
         axes = [axis for axis in cell.labels if axis not in (TRY, SEED)]
         run = results.runs.get(cell.name)
         value = None if run is None else run.value(metric)

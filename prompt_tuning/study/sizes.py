@@ -1,0 +1,67 @@
+"""How many parameters a command would train, without running it."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+
+from prompt_tuning import methods as methods_lib
+from prompt_tuning.errors import UserError
+from prompt_tuning.methods.method import ANY_TEXT
+from prompt_tuning.methods.method import Method
+from prompt_tuning.models import network
+from prompt_tuning.models.network import T5Config
+
+_PLAIN = (bool, int, float, str, list, tuple)
+
+
+def parameters(settings: Mapping[str, Any]) -> tuple[int, int]:
+  """(trained, all) parameters.
+
+  Args:
+    settings: of a `train`, as `configuration.settings` gives them.
+
+  Raises:
+    UserError: a method is not known.
+  """
+  config = _made(T5Config, settings)
+  shapes = network.parameter_shapes(config)
+  of_model = _count(shapes)
+  trained = added = 0
+  for reference in settings['train.methods']:
+    kind = methods_lib.configurables().get(reference.strip('@()'))
+    if kind is None:
+      raise UserError(f'parameters are not known of the method {reference}')
+    method = _made(kind, settings)
+    arrays = _shapes(method, shapes)
+    trained += _count(arrays)
+    added += 0 if method.collection == 'params' else _count(arrays)
+  return trained, of_model + added
+
+
+def _shapes(method: Method, params: Any) -> Any:
+  """Of what a method starts with."""
+  return jax.eval_shape(
+    lambda params: method.init(jax.random.key(0), params, ANY_TEXT), params
+  )
+
+
+def _made(kind: type, settings: Mapping[str, Any]) -> Any:
+  """An object with those of its settings that are plain values."""
+  given = {
+    field.name: settings[f'{kind.__name__}.{field.name}']
+    for field in dataclasses.fields(kind)
+    if isinstance(settings.get(f'{kind.__name__}.{field.name}'), _PLAIN)
+  }
+  return kind(
+    **{
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in given.items()
+      if not str(value).startswith('@')
+    }
+  )
+
+
+def _count(tree: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
