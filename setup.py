@@ -79,6 +79,7 @@ setuptools.setup(
       'hypothesis>=6',
       'ruff>=0.6',
       'import-linter>=2.1',
+      'submitit>=1.5',
       'setuptools>=65',
       'wheel>=0.40',
     ],

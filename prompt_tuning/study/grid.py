@@ -35,6 +35,8 @@ class Cell:
     name: of its folder in the study's; the same for the same labels.
     labels: {axis: label}.
     words: of the command, without its folder.
+    common: bindings of all commands that have a use for them; those of `words`
+      count more.
     needs: names of the cells that must be done before it.
     chosen: False for a try that another one was better than, or may be.
   """
@@ -42,6 +44,7 @@ class Cell:
   name: str
   labels: Mapping[str, str]
   words: tuple[str, ...]
+  common: tuple[str, ...] = ()
   needs: tuple[str, ...] = ()
   chosen: bool = True
 
@@ -58,7 +61,7 @@ class Cell:
     """Of `prompt-tuning`."""
     home = {'train': 'MODEL_DIR', 'eval': 'EVAL_OUTPUT_DIR'}[self.command]
     words = [word for word in self.words if word != 'eval']
-    return [self.command, *words, f'{home}={folder}']
+    return [self.command, *self.common, *words, f'{home}={folder}']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Grid:
 
   Attributes:
     axes: {name: axis}; the axis 'SEED' repeats, and comes last.
-    words: of every command.
+    words: of every command: files, and bindings where they are of use.
     tries: {label: words of each try}: a label's search, with the first seed;
       the other seeds take the words that were best by the validation score.
     skip: labels whose product is no cell, each a {axis: label or labels}.
@@ -145,10 +148,15 @@ class Grid:
       score: of a cell on validation data, higher is better; None: not done.
     """
     choices = self._choices()
-    seeds = choices.pop(SEED, {'': ''})
+    all_seeds = choices.pop(SEED, {'': ''})
     cells = []
     for labels, words in _product(choices):
-      if any(_has(labels, chosen) for chosen in self.skip):
+      seeds = {
+        seed: text
+        for seed, text in all_seeds.items()
+        if not any(_has({**labels, SEED: seed}, one) for one in self.skip)
+      }
+      if not seeds:
         continue
       group = list(self._group(labels, words, seeds, score))
       cells += group
@@ -171,8 +179,8 @@ class Grid:
       if search is not None:
         named[TRY] = search
       more = shlex.split(f'{seeds[seed]} {search or ""}')
-      all_words = (*shlex.split(self.words), *words, *more)
-      return Cell(_name(named), named, all_words)
+      common = tuple(shlex.split(self.words))
+      return Cell(_name(named), named, (*words, *more), common)
 
     found = [self.tries[x] for x in labels.values() if x in self.tries]
     if not found:
@@ -205,7 +213,7 @@ class Grid:
       ]
       named = {**labels, SEED: label}
       needs = tuple(cell.name for cell in done)
-      yield Cell(_name(named), named, tuple(words), needs)
+      yield Cell(_name(named), named, tuple(words), needs=needs)
 
 
 def _has(

@@ -6,6 +6,7 @@ count too.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -178,7 +179,8 @@ class _Study:
     self._words = shlex.split(words)
     self._commands = commands
     self._settings: dict[str, Mapping[str, Any]] = {}
-    self._more: dict[str, list[str]] = {}
+    self._given = {*self._words}
+    self._used: dict[str, list[str]] = {}
     self._homes: dict[str, pathlib.Path] = {}
     self._known: dict[str, Run] = {}
 
@@ -194,8 +196,8 @@ class _Study:
             f'two cells of the study are called {cell.name}: give their grids'
             ' other labels'
           )
-    used = {word for words in self._more.values() for word in words}
-    for word in self._words:
+    used = {word for words in self._used.values() for word in words}
+    for word in sorted(self._given):
       if self._commands is not None and word not in used:
         raise UserError(f'{word} is of no use to any command of the study')
     for cell in found.values():
@@ -203,16 +205,25 @@ class _Study:
     return list(found.values())
 
   def _with_words(self, cell: Cell) -> Cell:
-    """It with what was asked for on the command line, as far as it applies."""
-    words = self._words
-    if cell.needs or not words:
+    """It with all words that it has a use for, the command line's last."""
+    if cell.needs:
       return cell
-    if self._commands is not None:
-      if cell.name not in self._more:
-        arguments = cell.arguments(str(self.folder / cell.name))
-        self._more[cell.name] = self._commands.using(arguments, words)
-      words = self._more[cell.name]
-    return cell.with_words(words)
+    if self._commands is None:
+      return cell.with_words(self._words)
+    if cell.name not in self._used:
+      # Files are no bindings: who names one wants it everywhere.
+      files = [word for word in cell.common if '=' not in word]
+      words = [word for word in cell.common if '=' in word]
+      bare = dataclasses.replace(cell, common=tuple(files))
+      arguments = bare.arguments(str(self.folder / cell.name))
+      self._given |= {*words}
+      self._used[cell.name] = self._commands.using(
+        arguments, [*words, *self._words]
+      )
+    used = self._used[cell.name]
+    common = [word for word in cell.common if '=' not in word or word in used]
+    cell = dataclasses.replace(cell, common=tuple(common))
+    return cell.with_words([word for word in self._words if word in used])
 
   def home(self, name: str) -> pathlib.Path:
     """The folder of a cell: its own, or that of a run which is the same."""

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop.prompts import load_prompt
+from prompt_tuning.interop.prompts import load_trained
 from prompt_tuning.interop.prompts import save_prompt
 
 METADATA = {
@@ -159,3 +160,18 @@ def test_full_disk_keeps_the_earlier_export(tmp_path):
   assert names == ['prompt.npy', 'prompt.safetensors']
   for name in names:
     np.testing.assert_array_equal(load_prompt(tmp_path / name)[0], earlier)
+
+
+def test_prompts_of_a_list_are_one_table(tmp_path):
+  for k, rows in enumerate((2, 2, 3)):
+    table = np.full((rows, 4), k, np.float32)
+    facts = {'base': 'b', 'step': 10 + k, 'seed': k}
+    save_prompt(tmp_path / f'{k}', table, facts)
+  (found,) = load_trained([str(tmp_path / '0'), str(tmp_path / '1')])
+  assert found.method.num_prompts == 2 and found.method.length == 2
+  np.testing.assert_array_equal(found.arrays['table'][:, 0, 0], [0, 1])
+  assert found.facts['base'] == 'b' and 'seed' not in found.facts
+  with pytest.raises(UserError, match='2 has length 3, .*/0 has 2'):
+    load_trained([str(tmp_path / '0'), str(tmp_path / '2')])
+  with pytest.raises(UserError, match='an empty list'):
+    load_trained([])

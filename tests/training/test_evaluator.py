@@ -224,6 +224,63 @@ def test_rank_classification_answers_with_the_likeliest_label(task, tmp_path):
   assert {line['prediction'] for line in lines} == {'negative'}
 
 
+def test_an_ensemble_votes_and_tells_its_members_metrics(task, tmp_path):
+  class Members(FakeModel):
+    """Member k gives the k-th answer."""
+
+    config = types.SimpleNamespace(vocab_size=VIRTUAL.first_id)
+
+    def predict_batch(self, variables, batch, rng=None):
+      first = batch['encoder_input_tokens'][:, 0]
+      member = (first - VIRTUAL.first_id) // VIRTUAL.length
+      return variables['answers'][member]
+
+  virtual = VirtualTokens(VIRTUAL.first_id, VIRTUAL.length, num_prompts=3)
+  evaluation = Evaluation(
+    Task('eval_task', LENGTHS), batch_size=4, ensemble=True
+  )
+  evaluator = evaluation.build(Members(), virtual, tmp_path)
+  answers = jnp.stack(
+    [answer(task, x) for x in ('positive', 'negative', 'negative')]
+  )
+  found = evaluator.evaluate({'answers': answers}, step=1)
+  # Two of the five examples are positive.
+  assert found['eval_task/accuracy'] == 60
+  of_members = [found[f'members/{k}/eval_task/accuracy'] for k in range(3)]
+  assert of_members == [40, 60, 60]
+  assert found['members/best_score'] == found['members/1/score']
+  assert found['members/mean_score'] == pytest.approx(
+    sum(found[f'members/{k}/score'] for k in range(3)) / 3
+  )
+
+
+def test_calibrated_labels_need_what_is_ranked(task, tmp_path):
+  with pytest.raises(UserError, match='needs rank_classification=True'):
+    Evaluation(Task('eval_task', LENGTHS), calibrate=True)
+
+  class Biased(FakeModel):
+    """Likes the first label, most of all where words are unknown to it."""
+
+    def rank_classify(self, variables, batch, label_tokens):
+      # ':' is unknown too, in every text.
+      unknown = (batch['encoder_input_tokens'] == 2).sum(axis=-1)
+      bias = jnp.where(unknown > 1, 1.0, 0.5)
+      return jnp.stack([bias, jnp.zeros_like(bias)], axis=-1)
+
+  wanted = {False: 'negative', True: 'positive'}
+  for calibrate, label in wanted.items():
+    evaluation = Evaluation(
+      Task('eval_task', LENGTHS),
+      rank_classification=True,
+      calibrate=calibrate,
+    )
+    folder = tmp_path / str(calibrate)
+    evaluator = evaluation.build(Biased(), None, folder)
+    evaluator.evaluate({}, step=1)
+    lines = read(folder / 'inference' / 'eval_task-1.jsonl')
+    assert {line['prediction'] for line in lines} == {label}
+
+
 def test_ids_past_the_vocabulary_are_no_part_of_the_text(task, tmp_path):
   vocabulary = task.output_features['targets'].vocabulary
   ids = vocabulary.encode('positive')
