@@ -64,6 +64,10 @@ CONFIGURABLES = {
     ),
     'prompt_tuning.study.views',
   ),
+  **dict.fromkeys(
+    ('interpretation', 'row_neighbours', 'similarity', 'prompt_map'),
+    'prompt_tuning.study.interpretation',
+  ),
 }
 
 
