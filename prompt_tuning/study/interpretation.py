@@ -29,7 +29,7 @@ _EMBEDDING = 'token_embedder/embedding'
 Measure = Literal['cosine', 'euclidean']
 # Rows whose cosine is above this are of one cluster.
 _ALIKE = 0.5
-# No text is made of these: padding, EOS, unknown.
+# No text is made of these, padding, EOS, unknown; nor of sentinels, on top.
 _SPECIAL = 3
 
 
@@ -53,7 +53,8 @@ class Read:
     self, k: int, measure: Measure = 'cosine'
   ) -> tuple[np.ndarray, np.ndarray]:
     """Distances and ids [P, k] of each row's nearest pieces, nearest first."""
-    known = self.embedding[_SPECIAL : self.vocabulary.size]
+    words = self.vocabulary.size - self.vocabulary.extra_ids
+    known = self.embedding[_SPECIAL:words]
     index = neighbors.NearestNeighbors(metric=measure, algorithm='brute')
     distances, ids = index.fit(known).kneighbors(self.table, n_neighbors=k)
     return distances, ids + _SPECIAL
