@@ -248,7 +248,8 @@ class States:
     """How far it is, and when it ends at this pace."""
     waiting = sum(state == WAITS for state in self._states.values())
     running = len(self._began)
-    done = len(self._states) - waiting - running + self._done
+    ended = sum(state == DONE for state in self._states.values())
+    done = ended + self._done
     text = f'[{done}/{len(self._states) + self._done} done'
     if self._took:
       mean = sum(self._took) / len(self._took)

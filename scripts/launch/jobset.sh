@@ -10,6 +10,8 @@
 # has Python 3.11 and prompt_tuning[tpu]. A pod that is lost restarts the whole
 # set, up to RESTARTS times [20]; the run goes on from its last checkpoint. A
 # fault of the user's (exit code 1 or 2) does not.
+# QUEUE is a local queue of Kueue, in which job sets wait for slices: so a study's do,
+# with --executor=scripts/launch/jobset.sh, which names each.
 # HOSTS pods have CHIPS chips each; SERVICE_ACCOUNT may read and write gs://.
 set -euo pipefail
 : "${NAME:?of the job set}" "${IMAGE:?with the package}"
@@ -34,6 +36,7 @@ apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
   name: $NAME
+  labels: {${QUEUE:+kueue.x-k8s.io/queue-name: $QUEUE}}
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:

@@ -199,6 +199,14 @@ def test_a_job_set_is_a_manifest_with_the_arguments_as_they_were():
   assert pod['nodeSelector']['cloud.google.com/gke-tpu-topology'] == '4x4'
 
 
+def test_a_job_set_waits_in_a_queue_of_kueue(monkeypatch):
+  yaml = pytest.importorskip('yaml', reason='PyYAML reads the manifest')
+  assert not yaml.safe_load(dry_run('jobset.sh'))['metadata']['labels']
+  monkeypatch.setenv('QUEUE', 'slices')
+  labels = yaml.safe_load(dry_run('jobset.sh'))['metadata']['labels']
+  assert labels == {'kueue.x-k8s.io/queue-name': 'slices'}
+
+
 def test_a_tpu_slice_is_made_installed_and_told():
   lines = dry_run('tpu_pod.sh').splitlines()
   commands = [shlex.split(line) for line in ' '.join(lines).split(' gcloud ')]
