@@ -102,7 +102,7 @@ class CachedSource(seqio.DataSource):
   Its rows are the task's as of its CacheDatasetPlaceholder.
   """
 
-  def __init__(self, folder: str, file_shuffle_buffer_size: int | None = None):
+  def __init__(self, folder: str, file_shuffle_buffer_size: int | None):
     names = (path.name for path in epath.Path(folder).glob('info.*.json'))
     super().__init__(splits=[name.split('.', 1)[1][:-5] for name in names])
     self._read = functools.cache(

@@ -183,6 +183,7 @@ class Task:
     from prompt_tuning.data import local_files
     from prompt_tuning.data import postprocessors
     from prompt_tuning.data import preprocessors
+    from prompt_tuning.data import sources
     from prompt_tuning.data.feature_converter import PROMPT_INDEX
 
     changes = {}
@@ -199,9 +200,12 @@ class Task:
           of_tfds.name, self.tfds_data_dir, splits=splits
         )
     if self.use_cached and task.supports_caching:
-      changes['source'] = self._cache(task)
       kinds = [type(step) for step in steps]
-      steps = steps[kinds.index(seqio.CacheDatasetPlaceholder) + 1 :]
+      place = kinds.index(seqio.CacheDatasetPlaceholder)
+      changes['source'] = sources.CachedSource(
+        self._cache_folder(task.name), steps[place].file_shuffle_buffer_size
+      )
+      steps = steps[place + 1 :]
     if self.vocabulary is not None:
       replacement = self.vocabulary
       if not isinstance(replacement, seqio.Vocabulary):
@@ -246,21 +250,17 @@ class Task:
       changes['preprocessors'] = steps
     return task.replace(**changes) if changes else task
 
-  def _cache(self, task: 'seqio.Task') -> 'seqio.DataSource':
-    """What seqio's cache_tasks_main wrote of a task."""
+  def _cache_folder(self, name: str) -> str:
+    """Where seqio's cache_tasks_main wrote a task."""
     import seqio
-
-    from prompt_tuning.data import sources
 
     folders = [*self.cache_dirs, *seqio.get_global_cache_dirs()]
     for folder in folders:
-      place = files.place(folder) / seqio.utils.get_task_dir_from_name(
-        task.name
-      )
+      place = files.place(folder) / seqio.utils.get_task_dir_from_name(name)
       if (place / 'COMPLETED').exists():
-        return sources.CachedSource(str(place))
+        return str(place)
     raise UserError(
-      f'USE_CACHED_TASKS: task {task.name} is not cached in'
+      f'USE_CACHED_TASKS: task {name} is not cached in'
       f' {", ".join(map(str, folders)) or "any folder"}; name its folder by'
       ' --seqio_additional_cache_dirs, write it by seqio_cache_tasks, or say'
       ' USE_CACHED_TASKS=False'
@@ -392,11 +392,10 @@ def _require_tfds_data(task: 'seqio.Task') -> None:
     folder = task.source.tfds_dataset.data_dir or tfds.core.constants.DATA_DIR
     raise UserError(
       f'task {task.name} reads the TFDS data set {name}, which is not in'
-      f' {folder} (TFDS_DATA_DIR or --tfds_data_dir). With internet: tfds build'
-      f' {name}. From raw'
-      f' files: scripts/prepare_data.py --data_sets {name.partition(":")[0]}'
-      f' --local_data_dir RAW --tfds_data_dir {folder}, or read them as they'
-      ' are by LOCAL_DATA_DIR'
+      f' {folder} (--tfds_data_dir or TFDS_DATA_DIR). With internet: tfds build'
+      f' {name}. From raw files: scripts/prepare_data.py --data_sets'
+      f' {name.partition(":")[0]} --local_data_dir RAW --tfds_data_dir'
+      f' {folder}, or read them as they are by LOCAL_DATA_DIR'
     )
 
 
@@ -409,12 +408,13 @@ def _require_vocabulary_of_cache(task: 'seqio.Task', example) -> None:
 
   from prompt_tuning.data import sources
 
-  after = [seqio.preprocessors.append_eos_after_trim]
-  if not isinstance(task.source, sources.CachedSource):
+  after = (seqio.preprocessors.append_eos_after_trim,)
+  is_cached = isinstance(task.source, sources.CachedSource)
+  if not is_cached or tuple(task.preprocessors) != after:
     return
   for name, feature in task.output_features.items():
     text = example.get(f'{name}_pretokenized')
-    if text is None or list(task.preprocessors) != after:
+    if text is None:
       continue
     ids = feature.vocabulary.encode(text.decode())
     found = example[name].tolist()
