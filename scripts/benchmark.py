@@ -10,6 +10,8 @@ report shows that it is the same work. A run is a process of its own, one engine
 after the other, round by round; figures are medians (least to largest):
 
   step          from the end of a step to that of the next, which is waited for
+                CPU: what the process's threads spent in it together, which
+                other work on the machine changes less
   start-up      from the start of the process to the end of its first step
   compilation   tracing, lowering and compiling the step; no cache
   peak memory   largest resident set of the process, checkpoints included
@@ -29,10 +31,12 @@ here. An engine whose packages are missing is passed over.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,8 +44,54 @@ import tempfile
 import time
 from typing import Any
 
-import benchmark_engines
+from benchmark_engines import BASE_STEP
+from benchmark_engines import ENGINES
+from benchmark_engines import Meter
 from benchmark_engines import Work
+
+
+def prepare(work: Work) -> None:
+  """Writes the base, the prompt to start from and a vocabulary."""
+  import jax
+  import numpy as np
+
+  from prompt_tuning import gin_files
+  from prompt_tuning.interop import t5x as t5x_files
+  from prompt_tuning.models import network
+  from prompt_tuning.models import parameters
+  from prompt_tuning.models.model import EncoderDecoderModel
+
+  file = gin_files.find_file(f'models/{work.model}')
+  sizes = {
+    binding.parameter: binding.value
+    for binding in gin_files.bindings_in(file.read_text())
+    if binding.parameter in network.T5Config.__dataclass_fields__
+  }
+  config = network.T5Config(**sizes)
+  params = EncoderDecoderModel(config).init_params(jax.random.key(0))
+  arrays = parameters.flatten(params)
+  t5x_files.write_checkpoint(work.shared, arrays, BASE_STEP)
+  rng, shape = np.random.default_rng(0), (work.prompt, config.emb_dim)
+  prompt = rng.uniform(-0.5, 0.5, shape).astype(np.float32)
+  np.save(work.file('prompt.npy'), prompt)
+  bundled = pathlib.Path(gin_files.__file__).parent / 'bundled/t5_1_1_mini'
+  shutil.copy(bundled / 'spiece.model', work.shared)
+
+
+def child(name: str, work: Work) -> dict[str, Any]:
+  """Runs an engine in this process; what its parent is told."""
+  if name == 'prepare':
+    prepare(work)
+    return {}
+  engine = ENGINES[name]
+  engine.find(work)
+  for module in engine.needs:
+    package = module.partition('.')[0]
+    if not all(map(importlib.util.find_spec, (package, module))):
+      return {'missing': module}
+  meter = Meter(work)
+  engine.run(work, meter)
+  return meter.result(engine.own)
 
 
 def run(name: str, work: Work, python: str = sys.executable) -> dict[str, Any]:
@@ -91,6 +141,7 @@ def measure(
 
 ROWS = {  # name: (figure, digits)
   'step, ms': ('step_ms', 0),
+  'step, CPU ms': ('step_cpu_ms', 0),
   'start-up, s': ('startup_s', 1),
   'compilation, s': ('compile_s', 1),
   'peak memory, MB': ('peak_mb', 0),
@@ -130,13 +181,13 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def main() -> int:
   if sys.argv[1:2] == ['--child']:
     name, work = sys.argv[2:]
-    print(json.dumps(benchmark_engines.child(name, Work(**json.loads(work)))))
+    print(json.dumps(child(name, Work(**json.loads(work)))))
     return 0
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  add, known = parser.add_argument, benchmark_engines.ENGINES
-  add('--engines', nargs='+', default=list(known), choices=known)
+  add = parser.add_argument
+  add('--engines', nargs='+', default=list(ENGINES), choices=ENGINES)
   add('--python', nargs='*', default=[], metavar='ENGINE=PATH')
   add('--sources', default=os.environ.get('T5X_SOURCES'), metavar='FOLDER')
   add('--model', default='t5_1_1_small')

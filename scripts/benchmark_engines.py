@@ -13,7 +13,6 @@ import os
 import pathlib
 import resource
 import runpy
-import shutil
 import statistics
 import sys
 import time
@@ -70,7 +69,7 @@ class Meter:
   def __init__(self, work: Work):
     self.work = work
     self.figures: dict[str, Any] = {}
-    self._ends: list[float] = []
+    self._ends: list[tuple[float, float]] = []  # of steps: time, CPU time
     self._compiled: dict[str, dict[str, float]] = {}
     self._opened: set[str] = set()
     self._ran: set[str] = set()
@@ -78,6 +77,7 @@ class Meter:
       sys.addaudithook(self._note_opened)
 
   def watch_jax(self) -> None:
+    """Notes what JAX compiles from now on."""
     import jax
 
     jax.monitoring.register_event_duration_secs_listener(self._note_compiled)
@@ -88,7 +88,7 @@ class Meter:
 
     def call(*args):
       state, metrics = jax.block_until_ready(step(*args))
-      self._ends.append(time.time())
+      self._ends.append((time.time(), time.process_time()))
       if len(self._ends) == 1:
         loss = getattr(metrics['loss'], 'total', metrics['loss'])  # T5X's
         self.figures['first_loss'] = float(jax.device_get(loss))
@@ -122,18 +122,21 @@ class Meter:
     )
 
   def result(self, own: Sequence[str]) -> dict[str, Any]:
-    steps = [1e3 * (b - a) for a, b in zip(self._ends, self._ends[1:])]
     backend = lambda parts: parts.get('backend_compile', 0)
     step = max(self._compiled.values(), key=backend, default={})
     unit = 1e6 if sys.platform == 'darwin' else 1e3
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     figures = self.figures | {
-      'startup_s': self._ends[0] - self.work.started,
+      'startup_s': self._ends[0][0] - self.work.started,
       'compile_s': sum(step.values()),
       'peak_mb': memory,
     }
     if not self.work.reads:
-      return figures | {'step_ms': statistics.median(steps), 'steps_ms': steps}
+      for name, ends in zip(('', 'cpu_'), zip(*self._ends)):
+        steps = [1e3 * (b - a) for a, b in zip(ends, ends[1:])]
+        figures[f'step_{name}ms'] = statistics.median(steps)
+        figures[f'steps_{name}ms'] = steps
+      return figures
     folders = tuple(
       f'{place}/'
       for name in own
@@ -165,12 +168,39 @@ def _lines(file: str, comments: bool = False) -> int:
 # Engines. Each does the work in a process of its own.
 
 
+def register_task(work: Work) -> None:
+  """A seqio task of full rows of ids."""
+  import numpy as np
+  import seqio
+  import tensorflow as tf
+
+  rng = np.random.default_rng(0)
+  rows = {
+    name: rng.integers(3, 8000, (16 * work.batch, length), np.int32)
+    for name, length in work.lengths.items()
+  }
+  vocabulary = seqio.SentencePieceVocabulary(work.file('spiece.model'))
+  seqio.TaskRegistry.add(
+    TASK,
+    seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: (
+        tf.data.Dataset.from_tensor_slices(rows)
+      ),
+      splits=('train',),
+    ),
+    preprocessors=[],
+    output_features=dict.fromkeys(rows, seqio.Feature(vocabulary)),
+  )
+
+
 def ours(work: Work, meter: Meter, as_it_comes: bool = False) -> None:
   """`prompt-tuning train`."""
   from prompt_tuning import cli
   from prompt_tuning.training import checkpoints
   from prompt_tuning.training import setup
 
+  meter.watch_jax()
+  register_task(work)
   typed = [
     *(f'models/{work.model}', 'prompts/from_file', 'runs/prompt_tune'),
     f'INITIAL_CHECKPOINT_PATH={work.file(f"checkpoint_{BASE_STEP}")}',
@@ -206,6 +236,8 @@ def by_t5x(work: Work, meter: Meter, place: str, paths: Sequence[str]) -> None:
   from t5x import checkpoints
   from t5x import trainer
 
+  meter.watch_jax()
+  register_task(work)
   files = (f'models/{work.model}_prompt', 'prompts/from_file')
   files = [f'{place}/{file}.gin' for file in (*files, 'runs/prompt_finetune')]
   vocabulary = 'seqio.SentencePieceVocabulary.sentencepiece_model_file'
@@ -315,77 +347,3 @@ ENGINES = {
     find_upstream,
   ),
 }
-
-
-# What all of them are given.
-
-
-def register_task(work: Work) -> None:
-  """A seqio task of full rows of ids."""
-  import numpy as np
-  import seqio
-  import tensorflow as tf
-
-  rng = np.random.default_rng(0)
-  rows = {
-    name: rng.integers(3, 8000, (16 * work.batch, length), np.int32)
-    for name, length in work.lengths.items()
-  }
-  vocabulary = seqio.SentencePieceVocabulary(work.file('spiece.model'))
-  seqio.TaskRegistry.add(
-    TASK,
-    seqio.FunctionDataSource(
-      lambda split, shuffle_files, seed=None: (
-        tf.data.Dataset.from_tensor_slices(rows)
-      ),
-      splits=('train',),
-    ),
-    preprocessors=[],
-    output_features=dict.fromkeys(rows, seqio.Feature(vocabulary)),
-  )
-
-
-def prepare(work: Work) -> None:
-  """Writes the base, the prompt to start from and a vocabulary."""
-  import jax
-  import numpy as np
-
-  from prompt_tuning import gin_files
-  from prompt_tuning.interop import t5x as t5x_files
-  from prompt_tuning.models import network
-  from prompt_tuning.models import parameters
-  from prompt_tuning.models.model import EncoderDecoderModel
-
-  file = gin_files.find_file(f'models/{work.model}')
-  sizes = {
-    binding.parameter: binding.value
-    for binding in gin_files.bindings_in(file.read_text())
-    if binding.parameter in network.T5Config.__dataclass_fields__
-  }
-  config = network.T5Config(**sizes)
-  params = EncoderDecoderModel(config).init_params(jax.random.key(0))
-  arrays = parameters.flatten(params)
-  t5x_files.write_checkpoint(work.shared, arrays, BASE_STEP)
-  rng, shape = np.random.default_rng(0), (work.prompt, config.emb_dim)
-  prompt = rng.uniform(-0.5, 0.5, shape).astype(np.float32)
-  np.save(work.file('prompt.npy'), prompt)
-  bundled = pathlib.Path(gin_files.__file__).parent / 'bundled/t5_1_1_mini'
-  shutil.copy(bundled / 'spiece.model', work.shared)
-
-
-def child(name: str, work: Work) -> dict[str, Any]:
-  """Runs an engine in this process; what its parent is told."""
-  if name == 'prepare':
-    prepare(work)
-    return {}
-  engine = ENGINES[name]
-  engine.find(work)
-  for module in engine.needs:
-    package = module.partition('.')[0]
-    if not all(map(importlib.util.find_spec, (package, module))):
-      return {'missing': module}
-  meter = Meter(work)
-  meter.watch_jax()
-  register_task(work)
-  engine.run(work, meter)
-  return meter.result(engine.own)
