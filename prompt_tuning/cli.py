@@ -111,8 +111,20 @@ prompt-tuning COMMAND --help shows an example. FILEs there are:
 {}"""
 # sysexits.h: an internal fault of the program.
 _BUG = 70
-_JOB_FLAGS = ('--coordinator_address', '--num_processes', '--process_id')
-_FLAGS = ('--gin_file', '--gin_search_paths', '--allow_import', *_JOB_FLAGS)
+_JOB_FLAGS = (
+  *('--coordinator_address', '--num_processes', '--process_id'),
+  '--initialization_timeout',
+)
+_IS_JOB = '--multiprocess_gpu'  # alone, or =true and =false
+_FLAGS = (
+  *('--gin_file', '--gin_bindings', '--gin_search_paths', '--allow_import'),
+  *(*gin_files.OF_TASK, *_JOB_FLAGS, _IS_JOB),
+)
+# What T5X calls them.
+_ALSO = {
+  '--process_count': '--num_processes',
+  '--process_index': '--process_id',
+}
 _FLAGS_HELP = """\
 Words and flags:
   FILE              a gin file, with or without .gin: from here, the search
@@ -124,9 +136,16 @@ Words and flags:
                     as in T5X: the value is gin, a text keeps its quotes
   --allow_import=MODULE
                     a module that gin files, a run's too, may import
+  --tfds_data_dir=FOLDER
+                    of TFDS's data sets, in place of TFDS_DATA_DIR
+  --seqio_additional_cache_dirs=A,B
+                    where cached tasks are, for USE_CACHED_TASKS=True
   --coordinator_address=HOST:PORT --num_processes=N --process_id=I
-                    of a train, eval or infer over several processes; TPU
+                    of a train, eval or infer over several processes (also
+                    --process_count, --process_index, --multiprocess_gpu); TPU
                     pods, Slurm and MPI need none of them
+  --initialization_timeout=SECONDS
+                    how long its processes wait for each other: 300
   --help            this text"""
 
 
@@ -153,6 +172,7 @@ def parse(
     if not word.startswith('--'):
       (bindings if equals else words).append(word)
       continue
+    flag = _ALSO.get(flag, flag)
     is_binding = flag.startswith('--gin.') and len(flag) > len('--gin.')
     if not is_binding and flag not in _FLAGS:
       near = gin_files.nearest(flag, [*_FLAGS, '--help'])
@@ -160,15 +180,23 @@ def parse(
         f'{flag} is not a flag{near}; flags are {", ".join(_FLAGS)}, '
         '--gin.NAME=VALUE, --help, and NAME=VALUE needs none'
       )
-    if not equals:
+    if flag == _IS_JOB and not equals:
+      value = 'true'
+    elif not equals:
       if not rest or rest[0].startswith('--'):
         raise ConfigurationError(f'{flag} needs a value: {flag}=...')
       value = rest.pop(0)
     if is_binding:
       bindings.append(f'{flag}={value}')
+    elif flag == '--gin_bindings':
+      bindings.append(f'--gin.{value}')
     else:
       given[flag].append(value)
-  paths = tuple(filter(None, ','.join(given['--gin_search_paths']).split(',')))
+  paths = _listed(given['--gin_search_paths'])
+  for flag, name in gin_files.OF_TASK.items():
+    if values := given[flag]:
+      value = _listed(values) if name.endswith('dirs') else values[-1]
+      bindings.append(f'--gin.{name}={value!r}')
   runs = [word for word in words if _is_run(word, own_file, paths)]
   if len(runs) > 1:
     raise ConfigurationError(f'one run at a time, got {", ".join(runs)}')
@@ -179,6 +207,11 @@ def parse(
       if not value.isdigit():
         raise ConfigurationError(f'{flag} must be a whole number, got {value}')
       job[flag[2:]] = int(value)
+  if given[_IS_JOB]:
+    value = given[_IS_JOB][-1].lower()
+    if value not in ('true', 'false'):
+      raise ConfigurationError(f'{_IS_JOB} is true or false, got {value}')
+    job |= {'multiprocess_gpu': True} if value == 'true' else {}
   request = gin_files.Request(
     files=(*given['--gin_file'], *(word for word in words if word not in runs)),
     bindings=tuple(bindings),
@@ -188,6 +221,10 @@ def parse(
     allowed_imports=tuple(given['--allow_import']),
   )
   return request, job
+
+
+def _listed(given: Sequence[str]) -> tuple[str, ...]:
+  return tuple(filter(None, ','.join(given).split(',')))
 
 
 def _is_run(word: str, own_file: str, paths: Sequence[str]) -> bool:

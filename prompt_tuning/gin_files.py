@@ -20,6 +20,12 @@ from gin import config_parser
 
 from prompt_tuning import errors
 
+# Flags of T5X that are settings of a task here.
+OF_TASK = {
+  '--tfds_data_dir': 'Task.tfds_data_dir',
+  '--seqio_additional_cache_dirs': 'Task.cache_dirs',
+}
+
 # Who wins where several bind one thing: the first of these, and of two files
 # of one kind the one that is included less deeply.
 TYPED, FILE, RUN_FOLDER, RUN_CONFIG, OWN_FILE = range(5)
@@ -190,6 +196,7 @@ def read_bindings(request: Request) -> tuple[list[Binding], list[str]]:
 _OUTPUTS = ('output_dir', 'output_file', 'model_dir', 'report_file')
 # The macro of modules whose import registers tasks, and what it is for.
 _MODULES, _OF_MODULES = 'MIXTURE_OR_TASK_MODULES', ('Task', 'modules')
+_T5X_MODULE = 'MIXTURE_OR_TASK_MODULE'  # one module or None
 
 
 def trusted_modules(
@@ -355,6 +362,10 @@ def _binding(statement: Any, where: str, level: Level) -> Binding:
   if isinstance(value, float) and not math.isfinite(value):
     raise ConfigurationError(f'{where}: {value} is no number to bind')
   name = name.removeprefix('prompt_tuning.')
+  if (scope, name, parameter) == ('', _T5X_MODULE, ''):
+    name = _MODULES
+    if value is None or isinstance(value, str):
+      value = () if value is None else (value,)
   return Binding(scope, name, parameter, value, where, level)
 
 
@@ -367,6 +378,7 @@ def _typed_binding(typed: str, level: Level) -> Binding:
   for reading in (text, repr(text)) if quoted else (text,):
     try:
       where = f'--gin.{name}' if in_gin else typed
+      where = {to: flag for flag, to in OF_TASK.items()}.get(name, where)
       (binding,) = bindings_in(f'{name} = {reading}', where, level)
       return binding
     except ValueError:

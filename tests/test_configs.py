@@ -69,6 +69,21 @@ def own_bindings(name):
   return list(gin_files.bindings_in((FOLDER / name).read_text()))
 
 
+def test_what_t5x_calls_settings_of_data_reaches_the_task():
+  flags = '--tfds_data_dir=a --seqio_additional_cache_dirs=b,c'
+  names = 'USE_CACHED_TASKS=True MIXTURE_OR_TASK_MODULE=mine'
+  configure(f'{TUNE} TRAIN_STEPS_RELATIVE=1 {flags} {names}')
+  bound = gin.get_bindings('prompt_tuning.Task')
+  assert (bound['tfds_data_dir'], bound['cache_dirs']) == ('a', ('b', 'c'))
+  assert bound['use_cached'] is True and bound['modules'] == ('mine',)
+  words = 'bound by --tfds_data_dir but nothing that infer calls'
+  with pytest.raises(gin_files.ConfigurationError, match=words):
+    configure(
+      'infer models/t5_1_1_mini runs/infer infer.trained=() INPUT_FILE=a'
+      ' OUTPUT_FILE=b --tfds_data_dir=a'
+    )
+
+
 @pytest.mark.parametrize('name', FILES)
 def test_every_file_can_be_read_and_says_what_it_does(name):
   request = gin_files.Request(files=(name,))

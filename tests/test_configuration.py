@@ -124,6 +124,48 @@ def test_a_process_of_a_job_says_who_it_is():
     'process_id': 1,
   }
   assert '--process_id must be a whole number' in fault('--process_id=x')
+  flags = '--process_count=2 --process_index 1 --initialization_timeout=9'
+  _, job = cli.parse([*flags.split(), '--multiprocess_gpu'])
+  assert job == {
+    'num_processes': 2,
+    'process_id': 1,
+    'initialization_timeout': 9,
+    'multiprocess_gpu': True,
+  }
+  assert cli.parse(['--multiprocess_gpu=False', '--gin.A=1'])[1] == {}
+  assert 'true or false, got 4' in fault('--multiprocess_gpu=4')
+  words = 'must be a whole number, got long'
+  assert words in fault('--initialization_timeout=long')
+
+
+def test_t5xs_spelling_of_bindings_is_taken():
+  flags = ['--gin_bindings=MINUTES = 40', '--gin_bindings', 'bake.note="rye"']
+  result = run(bread(), *flags)
+  assert (result['minutes'], result['note']) == (40, 'rye')
+  assert 'no quotes' in fault('--gin_bindings=bake.note = rye')
+
+
+def test_t5xs_flags_of_data_are_settings_of_the_task():
+  flags = ['--tfds_data_dir=a b', '--seqio_additional_cache_dirs', 'c,d']
+  request, _ = cli.parse(flags)
+  assert request.bindings == (
+    "--gin.Task.tfds_data_dir='a b'",
+    "--gin.Task.cache_dirs=('c', 'd')",
+  )
+  assert 'did you mean --tfds_data_dir' in fault('--tfds_dta_dir=a')
+  assert '--tfds_data_dir needs a value' in fault('--tfds_data_dir')
+
+
+@pytest.mark.parametrize(
+  'value, modules',
+  [("'mine'", ('mine',)), ('None', ()), ("['a', 'b']", ['a', 'b'])],
+)
+def test_t5xs_name_of_a_module_is_taken(value, modules):
+  request, _ = cli.parse([f'--gin.MIXTURE_OR_TASK_MODULE={value}'])
+  (binding,), _ = gin_files.read_bindings(request)
+  assert str(binding) == 'MIXTURE_OR_TASK_MODULES'
+  assert binding.value == modules
+  assert gin_files.trusted_modules([binding], ()) == set(modules)
 
 
 def test_the_command_line_wins_over_files_and_its_last_flag_over_others():

@@ -87,7 +87,7 @@ def texts(task: 'seqio.Task', split: str = 'train') -> list[tuple[str, str]]:
   """Inputs and targets of a task as they are before they become ids.
 
   Raises:
-    UserError: it has no such split, or does not begin with text.
+    UserError: it has no such split.
   """
   if split not in task.splits:
     raise UserError(
@@ -99,11 +99,6 @@ def texts(task: 'seqio.Task', split: str = 'train') -> list[tuple[str, str]]:
   dataset = task.get_dataset(lengths, split=split, shuffle=False, num_epochs=1)
   found = []
   for example in dataset.take(_READ).as_numpy_iterator():
-    if 'inputs_pretokenized' not in example:
-      raise UserError(
-        f'demonstrations need a task that tokenizes its text, {task.name} does'
-        ' not'
-      )
     found.append(
       tuple(
         example[f'{feature}_pretokenized'].decode('utf-8')

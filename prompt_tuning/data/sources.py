@@ -1,13 +1,15 @@
-"""seqio sources of rows that fit in memory, in the schema of a TFDS data set.
+"""seqio sources: rows that fit in memory, and what seqio cached of a task.
 
-A schema is {field: type}: str, int, float, [str] for a list of strings, or
-another schema.
+The schema of rows is that of a TFDS data set, {field: type}: str, int, float,
+[str] for a list of strings, or another schema.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
 import hashlib
 import os
 
+from etils import epath
 import seqio
 import tensorflow as tf
 
@@ -92,6 +94,35 @@ class RowsSource(seqio.DataSource):
     return order.map(
       lambda i: tf.nest.map_structure(lambda column: column[i], values)
     )
+
+
+class CachedSource(seqio.DataSource):
+  """What seqio's cache_tasks_main wrote of a task, its splits from there too.
+
+  Its rows are the task's as of its CacheDatasetPlaceholder.
+  """
+
+  def __init__(self, folder: str, file_shuffle_buffer_size: int | None):
+    names = (path.name for path in epath.Path(folder).glob('info.*.json'))
+    super().__init__(splits=[name.split('.', 1)[1][:-5] for name in names])
+    self._read = functools.cache(
+      lambda split: seqio.dataset_providers._CachedDataSource(
+        folder, split, file_shuffle_buffer_size
+      )
+    )
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return False
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return self._read(split).list_shards(split)
+
+  def num_input_examples(self, split: str) -> int:
+    return self._read(split).num_input_examples(split)
+
+  def get_dataset(self, split: str = 'train', **how) -> tf.data.Dataset:
+    return self._read(split).get_dataset(split, **how)
 
 
 def digest(source: seqio.DataSource, split: str) -> str:

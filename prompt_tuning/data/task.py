@@ -56,6 +56,12 @@ class Task:
     modules: Python modules that register further tasks when imported.
     local_data_dir: a folder with raw files (see `local_files`) to read instead
       of TFDS data sets; tasks on others read what they read.
+    tfds_data_dir: the folder of TFDS's data sets (--tfds_data_dir); None: the
+      variable TFDS_DATA_DIR names it.
+    use_cached: reads what seqio's cache_tasks_main wrote of the task; one that
+      has no place for a cache is read as it is, as T5X does.
+    cache_dirs: folders of such caches (--seqio_additional_cache_dirs), looked
+      into before seqio's own.
     target_sentinel: puts <extra_id_0> in front of the targets, as a model that
       knows span corruption alone expects them, and takes it off predictions
       before they are scored (Lester et al. 2021, 3.2).
@@ -74,6 +80,9 @@ class Task:
   target_sentinel: bool = False
   prompt_indices: Mapping[str, int] | None = None
   demonstrations: Demonstrations | None = None
+  tfds_data_dir: str | None = None
+  use_cached: bool = False
+  cache_dirs: Sequence[str] = ()
 
   def __post_init__(self):
     for name in ('inputs', 'targets'):
@@ -94,6 +103,20 @@ class Task:
         )
     lengths = {name: int(n) for name, n in self.feature_lengths.items()}
     object.__setattr__(self, 'feature_lengths', lengths)
+    read = {
+      'LOCAL_DATA_DIR': self.local_data_dir,
+      '--tfds_data_dir': self.tfds_data_dir,
+      'USE_CACHED_TASKS': self.use_cached,
+    }
+    given = [name for name, value in read.items() if value]
+    if len(given) > 1:
+      raise UserError(
+        f'{" and ".join(given)} say where a task is read; give one of them'
+      )
+    if self.cache_dirs and not self.use_cached:
+      raise UserError(
+        '--seqio_additional_cache_dirs is of use with USE_CACHED_TASKS=True'
+      )
 
   def seqio(self) -> 'seqio.Task | seqio.Mixture':
     """The task or mixture, changed as the attributes say.
@@ -105,6 +128,13 @@ class Task:
       UserError: if there is no such task, module, vocabulary or file, or if
         prompt_indices leaves out a task of the mixture.
     """
+    for flag, folders in (
+      ('--tfds_data_dir', filter(None, [self.tfds_data_dir])),
+      ('--seqio_additional_cache_dirs', self.cache_dirs),
+    ):
+      for folder in folders:
+        if not files.place(folder).is_dir():
+          raise UserError(f'{flag}: there is no folder {folder}')
     register_tasks(self.modules)
     import seqio
 
@@ -178,18 +208,29 @@ class Task:
     from prompt_tuning.data import local_files
     from prompt_tuning.data import postprocessors
     from prompt_tuning.data import preprocessors
+    from prompt_tuning.data import sources
     from prompt_tuning.data.feature_converter import PROMPT_INDEX
 
     changes = {}
     steps = list(task.preprocessors)
-    if self.local_data_dir is not None and isinstance(
-      task.source, seqio.TfdsDataSource
-    ):
-      changes['source'] = local_files.source(
-        task.source.tfds_dataset.name,
-        self.local_data_dir,
-        task.source.tfds_dataset._split_map,  # has no public name
+    if isinstance(task.source, seqio.TfdsDataSource):
+      of_tfds = task.source.tfds_dataset
+      splits = of_tfds._split_map  # has no public name
+      if self.local_data_dir is not None:
+        changes['source'] = local_files.source(
+          of_tfds.name, self.local_data_dir, splits
+        )
+      if self.tfds_data_dir is not None:
+        changes['source'] = seqio.TfdsDataSource(
+          of_tfds.name, self.tfds_data_dir, splits=splits
+        )
+    if self.use_cached and task.supports_caching:
+      kinds = [type(step) for step in steps]
+      place = kinds.index(seqio.CacheDatasetPlaceholder)
+      changes['source'] = sources.CachedSource(
+        self._cache_folder(task.name), steps[place].file_shuffle_buffer_size
       )
+      steps = steps[place + 1 :]
     if self.vocabulary is not None:
       replacement = self.vocabulary
       if not isinstance(replacement, seqio.Vocabulary):
@@ -201,12 +242,13 @@ class Task:
         else dataclasses.replace(feature, vocabulary=replacement)
         for key, feature in task.output_features.items()
       }
-    if self.target_sentinel:
-      if seqio.preprocessors.tokenize not in steps:
+    for name in ('target_sentinel', 'demonstrations'):
+      if getattr(self, name) and seqio.preprocessors.tokenize not in steps:
         raise UserError(
-          f'target_sentinel needs a task that tokenizes its text, {task.name}'
-          ' does not'
+          f'{name} needs a task that tokenizes its text, {task.name} does not'
+          f'{" once it is cached" if self.use_cached else ""}'
         )
+    if self.target_sentinel:
       steps.insert(
         steps.index(seqio.preprocessors.tokenize) + 1,
         functools.partial(
@@ -218,7 +260,6 @@ class Task:
           task.postprocessor
         )
     if self.demonstrations is not None:
-      # A task without ids of its own fails here, in `texts`.
       prefix = self.prefix(task.name)
 
       def demonstrate(dataset):
@@ -240,9 +281,25 @@ class Task:
         return dataset.map(lambda example: {**example, **prompt})
 
       steps.append(choose_prompt)
-    if len(steps) > len(task.preprocessors):
+    if steps != list(task.preprocessors):
       changes['preprocessors'] = steps
     return task.replace(**changes) if changes else task
+
+  def _cache_folder(self, name: str) -> str:
+    """Where seqio's cache_tasks_main wrote a task."""
+    import seqio
+
+    folders = [*self.cache_dirs, *seqio.get_global_cache_dirs()]
+    for folder in folders:
+      place = files.place(folder) / seqio.utils.get_task_dir_from_name(name)
+      if (place / 'COMPLETED').exists():
+        return str(place)
+    raise UserError(
+      f'USE_CACHED_TASKS: task {name} is not cached in'
+      f' {", ".join(map(str, folders)) or "any folder"}; name its folder by'
+      ' --seqio_additional_cache_dirs, write it by seqio_cache_tasks, or say'
+      ' USE_CACHED_TASKS=False'
+    )
 
   def checked(
     self,
@@ -314,6 +371,7 @@ class Task:
             f'task {part.name} has no examples in split {split!r}; look at its'
             ' files and filters'
           )
+      _require_vocabulary_of_cache(part, examples[0])
     return task
 
 
@@ -369,11 +427,38 @@ def _require_tfds_data(task: 'seqio.Task') -> None:
     folder = task.source.tfds_dataset.data_dir or tfds.core.constants.DATA_DIR
     raise UserError(
       f'task {task.name} reads the TFDS data set {name}, which is not in'
-      f' {folder} (TFDS_DATA_DIR). With internet: tfds build {name}. From raw'
-      f' files: scripts/prepare_data.py --data_sets {name.partition(":")[0]}'
-      f' --local_data_dir RAW --tfds_data_dir {folder}, or read them as they'
-      ' are by LOCAL_DATA_DIR'
+      f' {folder} (--tfds_data_dir or TFDS_DATA_DIR). With internet: tfds build'
+      f' {name}. From raw files: scripts/prepare_data.py --data_sets'
+      f' {name.partition(":")[0]} --local_data_dir RAW --tfds_data_dir'
+      f' {folder}, or read them as they are by LOCAL_DATA_DIR'
     )
+
+
+def _require_vocabulary_of_cache(task: 'seqio.Task', example) -> None:
+  """Raises UserError where cached ids are not this vocabulary's.
+
+  Looked at where the cache keeps the text and nothing but EOS comes after it.
+  """
+  import seqio
+
+  from prompt_tuning.data import sources
+
+  after = (seqio.preprocessors.append_eos_after_trim,)
+  is_cached = isinstance(task.source, sources.CachedSource)
+  if not is_cached or tuple(task.preprocessors) != after:
+    return
+  for name, feature in task.output_features.items():
+    text = example.get(f'{name}_pretokenized')
+    if text is None:
+      continue
+    ids = feature.vocabulary.encode(text.decode())
+    found = example[name].tolist()
+    size = min(len(ids), len(found) - 2)  # a sentinel before, EOS behind
+    if ids[:size] not in (found[:size], found[1 : size + 1]):
+      raise UserError(
+        f'task {task.name} was cached with another vocabulary than the'
+        " model's; cache it with the model's, or say USE_CACHED_TASKS=False"
+      )
 
 
 def _require_shuffling(task: 'seqio.Task | seqio.Mixture') -> None:

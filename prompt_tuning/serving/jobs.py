@@ -47,6 +47,7 @@ def infer(
   columns: Sequence[str] | None = None,
   rank: bool = False,
   labels: Sequence[str] | None = None,
+  target: str | None = None,
   inputs_length: int | None = None,
   targets_length: int | None = None,
   batch_size: int = 32,
@@ -79,6 +80,8 @@ def infer(
     columns: the names of a table's columns; None reads its first line as such.
     rank: ranks labels by their likelihood instead of generating.
     labels: which; given, it implies `rank`; None takes those of the training.
+    target: a field of the records whose text is scored as the answer, in place
+      of a prediction (T5X's mode 'score').
     inputs_length: ids of a text; None takes what was trained with, as far as
       `trained` says it, else 512.
     targets_length: ids of a prediction; None likewise, else 32.
@@ -128,6 +131,10 @@ def infer(
       raise UserError('infer.rank needs infer.labels: the training named none')
   if labels is not None:
     vocabularies.label_pieces(words, labels, 'infer.labels')
+    if target is not None:
+      raise UserError(
+        'infer.target scores, infer.labels rank: give one of them'
+      )
   with contextlib.ExitStack() as stack:
     texts = functools.partial(
       _texts,
@@ -136,6 +143,7 @@ def infer(
       columns,
       Template(settings.pop('template', None) or '{text}'),
       template is None,
+      target,
     )
     # A file is looked at whole before a model is read.
     total = sum(1 for _ in texts()) if os.path.isfile(input_file) else None
@@ -169,8 +177,12 @@ def infer(
     )
     counts = {'examples': 0, 'cut': 0}
     waiting, kept = itertools.tee(itertools.chain(first, waiting))
-    made = predictor.records((text for _, text in waiting), labels)
-    for record, (fields, _) in zip(made, kept):
+    targets = None
+    if target is not None:
+      waiting, others = itertools.tee(waiting)
+      targets = (answer for _, _, answer in others)
+    made = predictor.records((text for _, text, _ in waiting), labels, targets)
+    for record, (fields, *_) in zip(made, kept):
       if not counts['examples']:
         _say(loaded)
       output.write(_line(fields, record))
@@ -189,15 +201,25 @@ def _texts(
   columns: Sequence[str] | None,
   template: Template,
   is_remembered: bool,
-) -> Iterator[tuple[dict[str, Any], str]]:
-  """(fields to keep, the model's input) of each record, from the start.
+  target: str | None = None,
+) -> Iterator[tuple[dict[str, Any], str, str | None]]:
+  """(fields to keep, the model's input, its target) of each record, from the
+  start.
 
   The training's template takes a plain text, whatever its field.
   """
   is_text = input_format == 'text'
+  if is_text and target is not None:
+    raise UserError(
+      f'infer.target={target} is a field of records, {name} has lines of text;'
+      ' give JSONL, CSV or TSV'
+    )
   for place, record in read_records(reopen(), input_format, name, columns):
     given = record['text'] if is_text and is_remembered else record
-    yield {} if is_text else record, template.input_of(given, place)
+    answer = None
+    if target is not None:
+      answer = Template(f'{{{target}}}').input_of(record, place)
+    yield {} if is_text else record, template.input_of(given, place), answer
 
 
 def _tell_differences(

@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 # A text, or a record whose fields the template names.
 Text = str | Mapping[str, Any]
 
-# The shortest encoder rows; longer ones double, so few shapes are compiled.
-_SHORTEST = 32
+# The shortest encoder rows, and rows of targets that are scored; longer ones
+# double, so few shapes are compiled.
+_SHORTEST, _SHORTEST_TARGETS = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,34 +141,26 @@ class Predictor:
         f'score needs a target for each text, got {len(texts)} texts and'
         f' {len(targets)} targets'
       )
-    if not texts:
-      return []
-    rows = self._targets(targets)  # [N, L]
-    found = []
-    for start in range(0, len(texts), self.batch_size):
-      chunk = texts[start : start + self.batch_size]
-      inputs, _ = self._encoder_inputs([self.input_of(one) for one in chunk])
-      chosen = np.zeros((len(inputs), rows.shape[1]), np.int32)
-      chosen[: len(chunk)] = rows[start : start + len(chunk)]
-      scores = jax.device_get(
-        self._score(self.loaded.variables, self._placed(inputs, chosen))
-      )
-      found += scores[: len(chunk)].tolist()
-    return found
+    return [record['score'] for record in self.records(texts, targets=targets)]
 
   def records(
-    self, texts: Iterable[Text], labels: Sequence[str] | None = None
+    self,
+    texts: Iterable[Text],
+    labels: Sequence[str] | None = None,
+    targets: Iterable[str] | None = None,
   ) -> Iterator[dict[str, Any]]:
     """Yields one record a text, in order, as soon as its batch is done.
 
     A record has `input`, `prediction` and `score`, the prediction's
     log-likelihood in nats, its EOS included; with labels also `scores`, the
     log-likelihood of each; `cut`, how many of the input's ids were cut off,
-    where some were. Of those a warning tells in the end.
+    where some were. Of those a warning tells in the end. With targets there is
+    no prediction, and the score is the target's.
 
     Args:
       texts: read a batch at a time.
       labels: rank these by likelihood; None generates text.
+      targets: score these, one for each text; they are not cut.
 
     Raises:
       UserError: fewer than two labels, or some that cannot be told apart.
@@ -176,6 +169,7 @@ class Predictor:
     if labels is not None:
       vocabularies.label_pieces(self.vocabulary, labels, 'ranking')
       label_rows = self._targets(labels)
+    answers = None if targets is None else iter(targets)
     waiting, seen, cut_texts = iter(texts), 0, 0
     for number in itertools.count():
       chunk = list(itertools.islice(waiting, self.batch_size))
@@ -185,7 +179,10 @@ class Predictor:
         self.input_of(text, f'text {seen + i}') for i, text in enumerate(chunk)
       ]
       inputs, cut = self._encoder_inputs(chunk)
-      if label_rows is None:
+      if answers is not None:
+        given = list(itertools.islice(answers, len(chunk)))
+        records = self._score_of(chunk, inputs, given)
+      elif label_rows is None:
         records = self._generate(chunk, inputs, number)
       else:
         records = self._rank(chunk, inputs, labels, label_rows)
@@ -243,6 +240,19 @@ class Predictor:
       if self.target_sentinel:
         prediction = postprocessors.without_sentinel(prediction)
       yield {'input': text, 'prediction': prediction, 'score': float(score)}
+
+  def _score_of(self, texts, inputs, targets) -> Iterator[dict]:
+    rows = self._targets(targets)  # [len(texts), L]
+    length = _SHORTEST_TARGETS
+    while length < rows.shape[1]:
+      length *= 2
+    chosen = np.zeros((len(inputs), length), np.int32)
+    chosen[: len(rows), : rows.shape[1]] = rows
+    scores = jax.device_get(
+      self._score(self.loaded.variables, self._placed(inputs, chosen))
+    )
+    for text, score in zip(texts, scores):
+      yield {'input': text, 'score': float(score)}
 
   def _rank(self, texts, inputs, labels, label_rows) -> Iterator[dict]:
     scores = jax.device_get(

@@ -27,13 +27,14 @@ from prompt_tuning.errors import UserError
 # Seconds without a sign of life after which a process counts as dead; then the
 # others end too.
 HEARTBEAT_TIMEOUT = 30
-_JOIN_TIMEOUT = 300
 
 
 def connect(
   coordinator_address: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
+  initialization_timeout: int = 300,
+  multiprocess_gpu: bool = False,
 ) -> None:
   """Joins this process to its job; alone, it does nothing.
 
@@ -45,9 +46,11 @@ def connect(
     coordinator_address: host:port of process 0, free on that host.
     num_processes: of the job; 1 works alone whatever the surroundings say.
     process_id: from 0 on, this process's.
+    initialization_timeout: seconds to wait for the others.
+    multiprocess_gpu: there must be a job, as T5X's flag says.
 
   Raises:
-    UserError: some but not all are given.
+    UserError: some but not all are given, or nothing tells of a job.
     RestartError: the others did not come.
   """
   given = {
@@ -79,13 +82,18 @@ def connect(
   else:
     method = _surroundings(os.environ)
     if method is None:
+      if multiprocess_gpu:
+        raise UserError(
+          '--multiprocess_gpu: nothing here tells of a job; give'
+          f' {", ".join(given)}'
+        )
       return
     settings['cluster_detection_method'] = method or None
   unreached = (
     'this process could not join its job: {}; are all of them running and can'
     ' they reach process 0? --num_processes=1 works alone'
   )
-  never = unreached.format(f'none came in {_JOIN_TIMEOUT} s')
+  never = unreached.format(f'none came in {initialization_timeout} s')
   _explain_aborts(never, joining=True)
   try:
     # Collectives of two CPU programs that run at once would meet each other's.
@@ -93,7 +101,7 @@ def connect(
     jax.distributed.initialize(
       **settings,
       heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-      initialization_timeout=_JOIN_TIMEOUT,
+      initialization_timeout=initialization_timeout,
     )
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]

@@ -34,6 +34,8 @@ MAY_CHANGE = frozenset(
     # Digests of these are compared in their place.
     'vocabulary',
     'local_data_dir',
+    'tfds_data_dir',
+    'cache_dirs',
     'modules',
     'folder',
   }

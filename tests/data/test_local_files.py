@@ -353,7 +353,7 @@ def prepare_data():
   return module
 
 
-def test_tfds_gives_what_the_raw_files_give(raw, tmp_path, capsys, monkeypatch):
+def test_tfds_gives_what_the_raw_files_give(raw, tmp_path, capsys):
   tfds_dir = tmp_path / 'tfds'
   wanted = {
     'glue/cola': ('glue_cola_v002', 'glue_cola_v200'),
@@ -366,12 +366,13 @@ def test_tfds_gives_what_the_raw_files_give(raw, tmp_path, capsys, monkeypatch):
   arguments = [*map(str, arguments), '--data_sets', *wanted]
   assert prepare_data().main(arguments) == 0
   assert 'glue/cola:1.0.0: train 2, test 1' in capsys.readouterr().out
-  monkeypatch.setattr(seqio.utils, '_TFDS_DATA_DIR_OVERRIDE', str(tfds_dir))
+  of_tfds = {'tfds_data_dir': str(tfds_dir)}
   for names in wanted.values():
     for name in names:
       for split in get_task(name, local_data_dir=str(raw)).splits:
-        Task(name, LENGTHS, vocabulary='t5_1_1_mini').checked(split)
-        assert examples(name, split) == examples(name, split, raw)
+        Task(name, LENGTHS, 't5_1_1_mini', **of_tfds).checked(split)
+        found = examples(name, split, **of_tfds)
+        assert found == examples(name, split, raw)
   # Again: nothing is written twice.
   assert prepare_data().main(arguments) == 0
   assert 'glue/cola:1.0.0 is there already' in capsys.readouterr().out

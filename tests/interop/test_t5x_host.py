@@ -267,8 +267,11 @@ def t5x_state(model, methods, t5x_base, num_partitions):
   return state, initializer.train_state_axes, partitioner
 
 
-def by_t5x(base, t5x_base, methods, steps, num_partitions):
-  """Losses, and parameters by path before and after."""
+def by_t5x(base, t5x_base, methods, steps, num_partitions, note=None):
+  """Losses, and parameters by path before and after.
+
+  `note` is given T5X's state before each step and after the last.
+  """
   from t5x import trainer as trainer_lib
 
   model = t5x_model(hosted(base, *methods), methods)
@@ -287,9 +290,12 @@ def by_t5x(base, t5x_base, methods, steps, num_partitions):
   )
   before = jax.tree.map(np.asarray, flat(state.params))
   losses = []
+  note = note or (lambda state: None)
   for batch in batches(steps, isinstance(methods[0], Prompt)):
+    note(trainer.train_state)
     summary = trainer.train(iter([batch]), 1).result()
     losses.append(float(summary['loss'].value))
+  note(trainer.train_state)
   assert int(trainer.train_state.step) == base.step + steps
   return (
     losses,
@@ -352,6 +358,43 @@ def test_t5x_trains_a_prompt_as_our_engine_does(
   assert changed == {t5x.PROMPT}
   for path, array in base.arrays.items():
     np.testing.assert_array_equal(after[path], np.asarray(array[...]))
+
+
+@needs_t5x
+@pytest.mark.slow
+def test_each_of_a_hundred_steps_is_ours_from_the_same_state(base, t5x_base):
+  """Of T5X's 100 steps each is taken by our engine too, from T5X's state."""
+  states = []
+
+  def note(state):
+    moments = flat(state.state_dict()['state']['param_states'])
+    prompt = flat(state.params)[t5x.PROMPT]
+    states.append([np.array(x) for x in (prompt, moments[f'{t5x.PROMPT}/v'])])
+
+  steps = 100
+  losses, before, _ = by_t5x(base, t5x_base, (PROMPT,), steps, 1, note)
+  model = EncoderDecoderModel(base.config(), z_loss=1e-4, methods=(PROMPT,))
+  frozen = hosted(base, PROMPT).variables(parameters.nest(before))
+  trainable = {'prompt': frozen.pop('prompt')}
+  optimizer = optimizers.adafactor(0.3, initial_step=base.step, **ADAFACTOR)
+  like = TrainState.create(trainable, optimizer, base.step)
+  step = jax.jit(functools.partial(train_step, model, optimizer))
+  for number, batch in enumerate(batches(steps)):
+    (prompt, moment), (expected, _) = states[number : number + 2]
+    count = np.int32(base.step + number)
+    state = TrainState(
+      count,
+      {'prompt': {'table': prompt[None]}},
+      like.opt_state._replace(
+        count=count, moments={'prompt': {'table': {'v': moment[None]}}}
+      ),
+    )
+    state, metrics = step(state, frozen, batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics['loss'], losses[number], rtol=1e-5)
+    np.testing.assert_allclose(
+      state.trainable['prompt']['table'][0],
+      *(expected, 0, 1e-5 * np.abs(expected).max()),
+    )
 
 
 @needs_t5x

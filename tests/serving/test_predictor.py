@@ -201,9 +201,9 @@ def infer(model, loaded, monkeypatch):
     jobs.vocabularies, 'load_vocabulary', lambda path: Letters()
   )
 
-  def call(source, target, **settings):
+  def call(source, output, **settings):
     return jobs.infer(
-      model, None, 'letters', source, str(target), targets_length=3, **settings
+      model, None, 'letters', source, str(output), targets_length=3, **settings
     )
 
   return call
@@ -221,6 +221,29 @@ def test_a_file_gives_a_line_of_json_for_each_record(infer, tmp_path):
   assert [line['id'] for line in lines] == [7, 3]
   assert lines[1]['score_given'] == 'mine'
   assert isinstance(lines[1]['score'], float)
+
+
+def test_a_field_of_a_file_is_scored(infer, predictor, tmp_path):
+  rows = [{'text': 'ab', 'answer': answer} for answer in ('x', 'yyyyyyyyyy', 7)]
+  source = write_lines(tmp_path / 'a.jsonl', rows)
+  file = tmp_path / 'out.jsonl'
+  infer(source, file, target='answer', batch_size=2)
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  assert [set(line) for line in lines] == [
+    {'text', 'answer', 'input', 'score'}
+  ] * 3
+  ranked = predictor().rank(['ab'], ['x', 'yyyyyyyyyy', '7'])[0]
+  for line, answer in zip(lines, ('x', 'yyyyyyyyyy', '7'), strict=True):
+    np.testing.assert_allclose(line['score'], ranked[answer], rtol=1e-5)
+  again = tmp_path / 'again.jsonl'
+  for settings, words in (
+    ({'target': 'anwser'}, 'a.jsonl:1 has no field anwser'),
+    ({'target': 'answer', 'labels': ['x', 'y']}, 'give one of them'),
+    ({'target': 'answer', 'input_format': 'text'}, 'lines of text'),
+  ):
+    with pytest.raises(UserError, match=words):
+      infer(source, again, **settings)
+  assert not again.exists()
 
 
 def test_a_fault_in_the_middle_leaves_the_earlier_output(infer, tmp_path):

@@ -358,8 +358,7 @@ def test_a_preempted_job_stops_at_one_step_and_goes_on_with_other_devices(
 def test_a_process_whose_job_never_comes_ends_with_one_last_line():
   code = (
     'import sys; from prompt_tuning.training import hosts; '
-    'hosts._JOIN_TIMEOUT = 3; '
-    "hosts.connect('localhost:1', 2, 1)"
+    "hosts.connect('localhost:1', 2, 1, initialization_timeout=3)"
   )
   done = subprocess.run(
     [sys.executable, '-c', code],
@@ -388,6 +387,7 @@ def test_who_takes_part_is_told_whole_or_not_at_all(monkeypatch):
       {'coordinator_address': 'a', 'num_processes': 2, 'process_id': 0},
       'has no port',
     ),
+    ({'multiprocess_gpu': True}, 'nothing here tells of a job'),
   ):
     with pytest.raises(UserError, match=message):
       hosts.connect(**given)
