@@ -135,7 +135,7 @@ class Method:
     """Those settings that its arrays need to act again, as plain values."""
     values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     del values['learning_rate_scale']
-    plain = (bool, int, float, str, tuple)
+    plain = (bool, int, float, str, tuple, list)
     return {k: v for k, v in values.items() if isinstance(v, plain)}
 
   @classmethod
