@@ -11,6 +11,7 @@ import pytest
 
 from prompt_tuning import methods
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop.t5x_network import Network
 from prompt_tuning.methods.dept import ADePT
 from prompt_tuning.methods.dept import DePT
 from prompt_tuning.methods.ia3 import IA3
@@ -260,6 +261,23 @@ def test_shapes_are_known_without_weights(name):
     for path, names in axes.items():
       assert len(names) == len(found[path].shape)
       assert ('layers' in names) == parameters.is_scanned(path)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_t5x_has_a_place_for_every_array(name):
+  """And gives them back as the network's collections."""
+  method = METHODS[name]
+  if name in ('dept', 'adept'):
+    with pytest.raises(UserError, match="T5X's optimiser has one learning rat"):
+      jax.eval_shape(Network(CONFIG, (method,)).init, jax.random.key(0))
+    method = dataclasses.replace(method, update_rate=1.0)
+  module = Network(CONFIG, (method,))
+  made = jax.eval_shape(module.init, jax.random.key(0))
+  ours = jax.eval_shape(module.variables, made['params'])
+  shapes = {k: v.shape for k, v in parameters.flatten(ours[name]).items()}
+  assert shapes == {k: v.shape for k, v in arrays_of(name).items()}
+  t5 = parameters.flatten(ours['params'])
+  assert set(t5) == set(parameters.flatten(params()))
 
 
 def test_a_file_in_the_folder_is_a_method():
