@@ -142,6 +142,7 @@ def test_each_binding_of_the_wiring_stands_once():
     'train.learning_rate',  # of schedules/
     'train.data',  # of wiring/train_task and wiring/train_arrays
     'Prompt.initializer',  # of prompts/
+    'Prompt.reparametrization',  # of reparametrizations/
   }
 
 
@@ -159,7 +160,8 @@ def test_files_of_two_folders_never_bind_the_same():
 OPTIONAL = [
   name.removesuffix('.gin')
   for name in FILES
-  if name.startswith(('prompts/', 'schedules/', 'tasks/', 'meshes/'))
+  if name.split('/')[0]
+  in ('prompts', 'reparametrizations', 'schedules', 'tasks', 'meshes')
 ]
 NEEDED = {
   'schedules/cosine': 'TRAIN_STEPS_RELATIVE=9',

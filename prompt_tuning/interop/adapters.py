@@ -4,6 +4,13 @@ PEFT's prompt tuning prepends to a T5's encoder, as ours does with a prompt as
 prefix. It stores [num_transformer_submodules * P, E], of which the encoder uses
 the first P rows; ours are written with one submodule, [P, E]. Its LoRA and IA3
 hold arrays by the name of the module they act on, as Hugging Face calls it.
+
+Its prefix tuning holds [P, num_layers * 2 * token_dim], the keys and values of
+so many layers, and cuts them for a T5 as if half of them were those of
+cross-attention, to throw that half away: layer i of the decoder gets the pair
+2 * i, counted round from the start again after the last. With its own
+num_layers, the encoder's, layers share pairs and half of what is trained does
+nothing. Ours are written with twice the decoder's layers, the odd ones empty.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +29,7 @@ from prompt_tuning.interop import hugging_face
 from prompt_tuning.interop.hugging_face_writing import write_json
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models.network import T5Config
 from prompt_tuning.training import tensor_files
@@ -30,7 +38,6 @@ from prompt_tuning.training.trained import Trained
 ADAPTER_CONFIG = 'adapter_config.json'
 ADAPTER = 'adapter_model.safetensors'
 _EMBEDDINGS = 'prompt_embeddings'
-_TYPES = ('PROMPT_TUNING', 'P_TUNING')
 
 
 def is_peft(folder: str | os.PathLike) -> bool:
@@ -38,17 +45,15 @@ def is_peft(folder: str | os.PathLike) -> bool:
   return (pathlib.Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def load_peft(
-  folder: str | os.PathLike,
-) -> tuple[Float[np.ndarray, 'P E'], dict[str, Any]]:
-  """The rows that a PEFT prompt-tuning or P-tuning adapter gives the encoder.
+def load_peft(folder: str | os.PathLike) -> Trained:
+  """What a PEFT adapter of prompt tuning, P-tuning or prefix tuning trained.
 
   Args:
     folder: with `adapter_config.json` and `adapter_model.safetensors`; a
       `.bin` file is not read, since it may run code.
 
   Returns:
-    [P, E] as stored, and the adapter's base model as metadata.
+    It, with the adapter's base model among its facts.
 
   Raises:
     UserError: another kind of adapter, or a damaged file.
@@ -57,11 +62,11 @@ def load_peft(
   file = folder / ADAPTER_CONFIG
   with faults.reading(file, 'no PEFT configuration (peft_type)'):
     config = json.loads(file.read_text('utf-8'))
-    kind = config['peft_type']
-  if kind not in _TYPES:
+    kind = str(config['peft_type'])
+  if kind not in _READERS:
     raise UserError(
-      f'{folder} is a PEFT adapter of type {kind}; prompts are '
-      f'{" and ".join(_TYPES)}'
+      f'{folder} is a PEFT adapter of type {kind}; read are '
+      f'{", ".join(_READERS)}'
     )
   if not (folder / ADAPTER).is_file():
     raise UserError(
@@ -69,22 +74,89 @@ def load_peft(
       'safe_serialization=True'
     )
   with faults.reading(folder):
-    length = config['num_virtual_tokens']
-    submodules = config.get('num_transformer_submodules') or 2
-    if not isinstance(length, int) or length < 1:
-      raise ValueError(f'num_virtual_tokens is {length!r}')
-    table = np.asarray(tensor_files.read(folder / ADAPTER)[0][_EMBEDDINGS])
-    allowed = (length, length * submodules)
-  if table.ndim != 2 or len(table) not in allowed:
+    stored = np.asarray(tensor_files.read(folder / ADAPTER)[0][_EMBEDDINGS])
+    method, arrays = _READERS[kind](folder, config, stored)
+    bad = int((~np.isfinite(np.asarray(stored, np.float32))).sum())
+  if bad:
     raise UserError(
-      f'{folder / ADAPTER} has shape {list(table.shape)}, the configuration '
-      f'says {length} virtual tokens and {submodules} submodules'
+      f'{folder} has {bad} values that are not finite; save an earlier one'
     )
   facts = {
     'base': config.get('base_model_name_or_path'),
     'format': f'peft {kind}',
   }
-  return table[:length], {k: v for k, v in facts.items() if v is not None}
+  return Trained(
+    method, arrays, {k: v for k, v in facts.items() if v is not None}
+  )
+
+
+def _prompt_in(
+  folder: pathlib.Path, config: Mapping[str, Any], stored: np.ndarray
+) -> tuple[Prompt, dict[str, Any]]:
+  """The rows that the encoder gets."""
+  length = _size(config, 'num_virtual_tokens')
+  submodules = config.get('num_transformer_submodules') or 2
+  if stored.ndim != 2 or len(stored) not in (length, length * submodules):
+    raise UserError(
+      f'{folder / ADAPTER} has shape {list(stored.shape)}, the configuration '
+      f'says {length} virtual tokens and {submodules} submodules'
+    )
+  return Prompt.from_file({'prompt': stored[:length]}, {}, {})
+
+
+def _prefix_in(
+  folder: pathlib.Path, config: Mapping[str, Any], stored: np.ndarray
+) -> tuple[Prefix, dict[str, Any]]:
+  """The keys and values that each layer of a T5's decoder gets."""
+  sizes = ('num_virtual_tokens', 'num_layers', 'token_dim')
+  length, layers, size = (_size(config, name) for name in sizes)
+  if (config.get('num_transformer_submodules') or 2) != 2:
+    raise UserError(
+      f'{folder} has num_transformer_submodules 1, with which PEFT puts the'
+      " decoder's own keys into its cross-attention too; nothing here acts so"
+    )
+  if stored.shape != (length, layers * 2 * size):
+    raise UserError(
+      f'{folder / ADAPTER} has shape {list(stored.shape)}, the configuration '
+      f'says {length} virtual tokens, {layers} layers and token_dim {size}'
+    )
+  pairs = stored.astype(np.float32).reshape(length, layers, 2, size)
+  arrays = {}
+  for i in range(_decoder_layers(config, pairs)):
+    place = f'decoder/layers_{i}/self_attention'
+    keys, values = np.moveaxis(pairs[:, 2 * i % layers], 1, 0)
+    arrays |= {f'{place}/keys': keys, f'{place}/values': values}
+  return Prefix(length, ('decoder',)), arrays
+
+
+def _decoder_layers(
+  config: Mapping[str, Any], pairs: Float[np.ndarray, 'P L 2 N']
+) -> int:
+  """Of the adapter's base: as its configuration says if it is a folder here."""
+  layers = pairs.shape[1]
+  base = pathlib.Path(str(config.get('base_model_name_or_path')), 'config.json')
+  if base.is_file():
+    stated = json.loads(base.read_text('utf-8'))
+    wanted = int(stated.get('num_decoder_layers') or stated['num_layers'])
+    if wanted > layers:
+      raise ValueError(f'{layers} layers for a decoder of {wanted}')
+    return wanted
+  written_here = layers % 2 == 0 and not pairs[:, 1::2].any()
+  return layers // 2 if written_here else layers
+
+
+def _size(config: Mapping[str, Any], name: str) -> int:
+  value = config[name]
+  if not isinstance(value, int) or value < 1:
+    raise ValueError(f'{name} is {value!r}')
+  return value
+
+
+_READERS = {
+  'PROMPT_TUNING': _prompt_in,
+  'P_TUNING': _prompt_in,
+  'PREFIX_TUNING': _prefix_in,
+}
 
 
 def save_peft(
@@ -94,7 +166,7 @@ def save_peft(
 
   Args:
     folder: created if need be.
-    trained: a prompt, LoRA or IA3.
+    trained: a prompt, LoRA, IA3, or a prefix of the decoder.
     base: the Hugging Face model it belongs to, a path or an id.
     config: the base's network.
 
@@ -109,8 +181,8 @@ def save_peft(
     raise UserError(
       f'peft has an adapter for {names}, got {trained.method.collection}'
     )
-  adapter = _ADAPTERS[type(trained.method)]
-  arrays, facts = adapter(trained.method, trained.arrays, config)
+  method, arrays = trained.method.plain(trained.arrays)
+  arrays, facts = _ADAPTERS[type(method)](method, arrays, config)
   facts |= {
     'auto_mapping': None,
     'base_model_name_or_path': base,
@@ -186,7 +258,41 @@ def _of_ia3(
   }
 
 
-_ADAPTERS = {Prompt: _of_prompt, Lora: _of_lora, IA3: _of_ia3}
+def _of_prefix(
+  method: Prefix, arrays: Mapping[str, Any], config: T5Config
+) -> tuple[dict, dict]:
+  """Pair 2 * i is what layer i of the decoder gets, see the module."""
+  if tuple(method.attentions) != ('decoder',):
+    raise UserError(
+      "PEFT's prefix tuning reaches the decoder's self-attention alone (peft"
+      f' issue 2989), this prefix has {", ".join(method.attentions)}: train'
+      " one with Prefix.attentions = ('decoder',)"
+    )
+  size = config.num_heads * config.head_dim
+  layers = 2 * config.num_decoder_layers
+  pairs = np.zeros((method.length, layers, 2, size), np.float32)
+  for i in range(config.num_decoder_layers):
+    for k, name in enumerate(('keys', 'values')):
+      array = arrays[f'decoder/layers_{i}/self_attention/{name}']
+      pairs[:, 2 * i, k] = np.asarray(array)
+  return {_EMBEDDINGS: pairs.reshape(method.length, -1)}, {
+    'encoder_hidden_size': None,
+    'num_attention_heads': config.num_heads,
+    'num_layers': layers,
+    'num_transformer_submodules': 2,
+    'num_virtual_tokens': method.length,
+    'peft_type': 'PREFIX_TUNING',
+    'prefix_projection': False,
+    'token_dim': size,
+  }
+
+
+_ADAPTERS = {
+  Prompt: _of_prompt,
+  Lora: _of_lora,
+  IA3: _of_ia3,
+  Prefix: _of_prefix,
+}
 
 
 def _module(place: str) -> str:

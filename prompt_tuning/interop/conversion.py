@@ -43,14 +43,15 @@ def convert(
   """Writes a model or prompts in another format.
 
   Args:
-    sources: one model, one prompt or LoRA or IA3, or for a serving table
+    sources: one model, one prompt or other method, or for a serving table
       several prompts, in any format that INITIAL_CHECKPOINT_PATH or PROMPT_FILE
       takes.
     output: the folder, or file for 'serving_table', to write.
     to: of a model: 'safetensors' (this package's), 't5x' (with `prompt` folded
       in), 'hugging_face', 'prompt_tokens' (a Hugging Face model with `prompt`
       in its vocabulary). Of a prompt: 'numpy' (.npy and .safetensors), 'peft'
-      (needs `base`; of LoRA and IA3 too), 'serving_table' (TensorRT-LLM).
+      (needs `base`; of LoRA, IA3 and a decoder's prefix too), 'serving_table'
+      (TensorRT-LLM).
     prompt: for 't5x' and 'prompt_tokens'.
     trained: of a model's formats: a run, file or folder of what methods trained
       on it (LoRA, IA3), which is folded into its parameters.

@@ -113,8 +113,7 @@ def load_trained(
           named = str(error).replace(str(local), str(path))
           raise UserError(named) from error
   if adapters.is_peft(path):
-    array, facts = adapters.load_peft(path)
-    return (_prompt(array, facts, str(path)),)
+    return (adapters.load_peft(path),)
   if t5x.is_checkpoint(path):
     array, step = t5x.read_array(path, variable), t5x.open_checkpoint(path).step
     return (_prompt(array, {'step': step, 'format': 't5x'}, str(path)),)

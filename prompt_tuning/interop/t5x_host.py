@@ -27,6 +27,7 @@ from prompt_tuning.interop import t5x
 from prompt_tuning.interop import t5x_network
 from prompt_tuning.interop.t5x_network import Network as Network
 from prompt_tuning.methods.method import Method
+from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.training import setup
@@ -43,14 +44,16 @@ NUMPY_FOLDER = 'numpy_checkpoints'
 def is_trained(methods: Sequence[Method]) -> Callable[[str, Any], bool]:
   """Tells which parameters are trained, for T5X's MultiOptimizer.
 
-  A function for `ModelParamTraversal.filter_fn`: those of methods, and T5's
-  own if ModelTuning is one of them.
+  A function for `ModelParamTraversal.filter_fn`: those of methods which are
+  not frozen, and T5's own if ModelTuning is one of them.
   """
 
   def select(path: str, value: Any) -> bool:
     del value
-    method, _ = t5x_network.owner(methods, path.strip('/'))
-    return method is not None or t5x_network.trains_t5(methods)
+    method, within = t5x_network.owner(methods, path.strip('/'))
+    if method is None:
+      return t5x_network.trains_t5(methods)
+    return method.rate(within) != 0
 
   return select
 
@@ -247,9 +250,12 @@ def _write(
       continue
     arrays[within] = _local(array).astype(np.float32)
     if path == t5x.PROMPT:
-      with files.replacing(folder / path.replace('/', '.'), 'wb') as file:
-        np.save(file, arrays[within], allow_pickle=False)
       arrays[within] = arrays[within].reshape(-1, *array.shape[-2:])
+  if isinstance(method, Prompt):
+    method, arrays = method.plain(arrays)
+    ((_, table),) = method.to_file(arrays)[0].items()
+    with files.replacing(folder / t5x.PROMPT.replace('/', '.'), 'wb') as file:
+      np.save(file, table, allow_pickle=False)
   trained_lib.save_trained(folder, trained_lib.Trained(method, arrays, facts))
 
 

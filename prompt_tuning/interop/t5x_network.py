@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning.errors import UserError
 from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop import t5x
 from prompt_tuning.methods.method import Method
@@ -93,6 +94,12 @@ class Network:
       found = method.init(key, params, text)
       names = parameters.flatten(method.axes(found))
       for path, array in parameters.flatten(found).items():
+        if method.rate(path) not in (0, 1):
+          raise UserError(
+            f"T5X's optimiser has one learning rate, {method.collection} wants"
+            f' {path} trained at {method.rate(path):g} times that: give'
+            ' learning_rate_scale = 1'
+          )
         at, named = place(method, path), names[path]
         if at == t5x.PROMPT:
           named = (named[0], *PROMPT_AXES)
@@ -275,17 +282,20 @@ def trains_t5(methods: Sequence[Method]) -> bool:
   return len(beside_t5(methods)) < len(methods)
 
 
+def is_table(method: Method) -> bool:
+  """Whether it has a prompt's table for its only array, as the public code."""
+  return isinstance(method, Prompt) and method.reparametrization is None
+
+
 def place(method: Method, path: str) -> str:
   """Where T5X has a method's array."""
-  if isinstance(method, Prompt):
-    return t5x.PROMPT
-  return f'{method.collection}/{path}'
+  return t5x.PROMPT if is_table(method) else f'{method.collection}/{path}'
 
 
 def owner(methods: Sequence[Method], path: str) -> tuple[Method | None, str]:
   """Whose array stands at a path of T5X's, None for T5's own, and its path."""
   for method in beside_t5(methods):
-    if isinstance(method, Prompt):
+    if is_table(method):
       if path == t5x.PROMPT:
         return method, 'table'
     elif path.startswith(f'{method.collection}/'):

@@ -45,6 +45,7 @@ class TaskText:
 ANY_TEXT = TaskText(encode=lambda text: [0], labels=('any',))
 
 
+@dataclasses.dataclass(frozen=True)
 class Method:
   """A way to train; subclasses are frozen dataclasses of its settings.
 
@@ -52,10 +53,13 @@ class Method:
     collection: name of its variable collection, and of its files.
     reads_weights: it computes with T5's weights by itself, where what other
       methods make of them does not reach.
+    learning_rate_scale: its learning rate is the run's times this.
   """
 
   collection: ClassVar[str]
   reads_weights: ClassVar[bool] = False
+
+  learning_rate_scale: float = dataclasses.field(default=1.0, kw_only=True)
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     """Its arrays at the start, float32.
@@ -80,6 +84,11 @@ class Method:
       return ('layers', *rest) if parameters.is_scanned(name) else rest
 
     return jax.tree_util.tree_map_with_path(whole, arrays)
+
+  def rate(self, path: str) -> float:
+    """What an array's learning rate is of the run's; 0: it never changes."""
+    del path
+    return self.learning_rate_scale
 
   def virtual_tokens(self, config: T5Config) -> VirtualTokens | None:
     """The virtual tokens that it wants among the inputs' ids."""
@@ -110,10 +119,23 @@ class Method:
     del params, arrays
     return None
 
+  def plain(
+    self, arrays: Mapping[str, Any]
+  ) -> tuple['Method', Mapping[str, Any]]:
+    """The method and arrays that act like it and have nothing for training.
+
+    Checkpoints hold what is trained; files, and all who read a run, have this.
+
+    Args:
+      arrays: by path, layers unrolled; they may still be on disk.
+    """
+    return self, arrays
+
   def settings(self) -> dict[str, Any]:
     """Those settings that its arrays need to act again, as plain values."""
     values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    plain = (bool, int, float, str, tuple)
+    del values['learning_rate_scale']
+    plain = (bool, int, float, str, tuple, list)
     return {k: v for k, v in values.items() if isinstance(v, plain)}
 
   @classmethod

@@ -21,6 +21,7 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import Interceptor
 from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.method import TaskText
+from prompt_tuning.methods.reparametrization import Reparametrization
 from prompt_tuning.models import layers
 from prompt_tuning.models.network import T5Config
 
@@ -161,12 +162,15 @@ def put_rows(
 class Prompt(Method):
   """What the soft prompt is; its arrays are {'table': [K, P, E]}.
 
+  With a reparametrization they are what that makes the table of.
+
   Attributes:
     length: P, virtual tokens of one prompt.
     num_prompts: K, prompts in the table; an example chooses one by its ids.
     initializer: how the table starts; the paper's default is class labels.
     placement: where the virtual tokens stand: 'prefix' (before the text),
       'after_bos', 'suffix' (before EOS) or 'around' (half before, half after).
+    reparametrization: what is trained in the table's place; None: the table.
   """
 
   collection: ClassVar[str] = 'prompt'
@@ -177,17 +181,30 @@ class Prompt(Method):
     default_factory=sampled_vocabulary
   )
   placement: Literal['prefix', 'after_bos', 'suffix', 'around'] = 'prefix'
+  reparametrization: Reparametrization | None = None
 
   def init(
     self, rng: jax.Array, params: Any, text: TaskText
-  ) -> dict[str, Float[Array, 'K P E']]:
+  ) -> dict[str, Float[Array, 'K *_']]:
     embedding = params['token_embedder']['embedding']
     shape = (self.num_prompts, self.length, embedding.shape[1])
     table = self.initializer(rng, shape, embedding, text)
-    return {'table': jnp.asarray(table, jnp.float32)}
+    table = jnp.asarray(table, jnp.float32)
+    if self.reparametrization is None:
+      return {'table': table}
+    key = jax.random.fold_in(rng, 1)
+    return self.reparametrization.init(key, table, embedding)
 
   def axes(self, arrays: Any) -> dict[str, tuple[str | None, ...]]:
-    return {'table': ('prompts', None, None)}
+    return {
+      name: ('prompts', *(None,) * (len(array.shape) - 1))
+      for name, array in arrays.items()
+    }
+
+  def rate(self, path: str) -> float:
+    if self.reparametrization is None:
+      return self.learning_rate_scale
+    return self.learning_rate_scale * self.reparametrization.rate(path)
 
   def virtual_tokens(self, config: T5Config) -> VirtualTokens:
     return VirtualTokens(
@@ -198,12 +215,38 @@ class Prompt(Method):
     def look_up(next_fun, args, kwargs, context):
       if context.method_name != 'embed':
         return next_fun(*args, **kwargs)
-      table = context.module.get_variable(self.collection, 'table')
+      table = self._table(context.module.variables[self.collection])
       first_id = context.module.config.vocab_size
       rows = table.reshape(-1, table.shape[-1])  # [K * P, E]
       return embed_virtual(next_fun, *args, first_id, rows)
 
     return look_up
+
+  def _table(self, arrays: Mapping[str, Any]) -> Float[Array, 'K P E']:
+    if self.reparametrization is None:
+      return arrays['table']
+    return self.reparametrization.table(arrays)
+
+  def plain(self, arrays: Mapping[str, Any]) -> tuple['Prompt', dict[str, Any]]:
+    if self.reparametrization is None:
+      return self, dict(arrays)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    table = jax.jit(self.reparametrization.table)(arrays)
+    method = dataclasses.replace(self, reparametrization=None)
+    return method, {'table': np.asarray(table)}
+
+  def settings(self) -> dict[str, Any]:
+    settings = super().settings()
+    if self.reparametrization is not None:
+      settings['reparametrization'] = self.reparametrization.settings()
+    return settings
+
+  @classmethod
+  def with_settings(cls, settings: Mapping[str, Any]) -> 'Prompt':
+    settings = dict(settings)
+    if named := settings.get('reparametrization'):
+      settings['reparametrization'] = Reparametrization.with_settings(named)
+    return super().with_settings(settings)
 
   def to_file(self, arrays: Mapping[str, Any]) -> tuple[dict, dict[str, Any]]:
     """One prompt is [P, E] there, as public ones are."""

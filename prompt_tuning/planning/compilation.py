@@ -220,7 +220,10 @@ class Program:
       if step == 'predict':
         function, arguments = self.model.predict_batch, (*arguments, key)
       return layout.jit(function, out_shardings=layout.replicated), arguments
-    tx = optimizers.build_optimizer(self.optimizer, self.learning_rate, 0, axes)
+    rates = setup.rates_of(self.model.methods, trained)
+    tx = optimizers.build_optimizer(
+      self.optimizer, self.learning_rate, 0, axes, rates
+    )
     create = functools.partial(TrainState.create, optimizer=tx)
     state = jax.eval_shape(create, trained)
     shardings = setup.state_shardings(layout, state, axes)

@@ -235,7 +235,7 @@ def train(
       patience=selection.patience,
       **periods,
     )
-    run.announce(layout, reason, start.resumed, lock.remark)
+    run.announce(layout, reason, start, lock.remark)
     if resolved_config is not None and hosts.is_primary():
       with files.replacing(model_dir / 'config.gin') as file:
         file.write(resolved_config())
@@ -277,18 +277,18 @@ class _Run:
     return self.ended or (self.step - self.first_step) % period == 0
 
   def announce(
-    self, layout, reason: str, resumed: int | None, remark: str
+    self, layout, reason: str, start: setup.Start, remark: str
   ) -> None:
-    count = reporting.count_parameters
+    frozen = reporting.count_parameters(self.frozen)
     done = self.step - self.first_step
     self.show.begin(self.last_step - self.first_step, done)
     self.show.say(
       f'trained: {", ".join(self.state.trainable)},'
-      f' {count(self.state.trainable):,} parameters; frozen:'
-      f' {count(self.frozen):,}; base {self.record.base} at step'
+      f' {start.trained:,} parameters; frozen:'
+      f' {frozen:,}; base {self.record.base} at step'
       f' {self.first_step:,}; {layout.mesh.size} device(s),'
       f' {jax.process_count()} process(es)'
-      + ('' if resumed is None else f'; resumed after {done} steps')
+      + ('' if start.resumed is None else f'; resumed after {done} steps')
     )
     self.show.say(reason)
     if remark:

@@ -351,8 +351,13 @@ def build_optimizer(
   schedule: float | Schedule,
   initial_step: int = 0,
   axes: Mapping[str, Any] | None = None,
+  rates: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
   """Any optimiser, on the step count that includes the base's steps.
+
+  Arrays of different rates have an optimiser of the same kind for each rate,
+  as parameter groups have elsewhere: what it does by the norm of all gradients
+  it does by those of one rate.
 
   Args:
     optimizer_fn: `adafactor`, or a function of optax that takes
@@ -363,9 +368,13 @@ def build_optimizer(
       argument counts from 0 itself.
     axes: {collection: `Method.axes`} of what is trained; tells an optimiser
       that takes `stacked_axes` which axes stack independent arrays.
+    rates: {'collection/path': `Method.rate`} of what is trained, factors of
+      the learning rate; None: all are 1. An array of rate 0 stays as it is,
+      without weight decay or optimiser state.
 
   Raises:
-    UserError: if `optimizer_fn` does not take `learning_rate`.
+    UserError: if `optimizer_fn` does not take `learning_rate`, or a rate is
+      none.
   """
   settings = inspect.signature(optimizer_fn).parameters
   open_ended = any(p.kind is p.VAR_KEYWORD for p in settings.values())
@@ -383,7 +392,32 @@ def build_optimizer(
     if callable(schedule):
       from_start = schedule
       schedule = lambda count: from_start(count - initial_step)
-  return optimizer_fn(learning_rate=schedule, **more)
+
+  def at_rate(rate):
+    if rate == 0:
+      return optax.set_to_zero()
+    scaled = schedule
+    if rate != 1:
+      scaled = lambda count: schedule(count) * np.float32(rate)
+      if not callable(schedule):
+        scaled = schedule * rate
+    return optimizer_fn(learning_rate=scaled, **more)
+
+  rates = rates or {}
+  for path, rate in rates.items():
+    if not 0 <= rate < math.inf:
+      raise UserError(
+        f'learning_rate_scale must be 0 or more, and finite, got {rate} for'
+        f' {path}'
+      )
+  if set(rates.values()) <= {1.0}:
+    return at_rate(1.0)
+  labels = lambda params: jax.tree_util.tree_map_with_path(
+    lambda path, _: f'rate {rates[_path_name(path)]}', params
+  )
+  return optax.partition(
+    {f'rate {rate}': at_rate(rate) for rate in set(rates.values())}, labels
+  )
 
 
 def _stacked(axes: Mapping[str, Any]) -> dict[str, int]:

@@ -147,6 +147,17 @@ def variables(
   return trainable, frozen, axes
 
 
+def rates_of(
+  methods: Sequence[Method], trainable: Mapping[str, Any]
+) -> dict[str, float]:
+  """{'collection/path': `Method.rate`} of their arrays, or of their shapes."""
+  return {
+    f'{method.collection}/{path}': method.rate(path)
+    for method in methods
+    for path in parameters.flatten(trainable[method.collection])
+  }
+
+
 @dataclasses.dataclass
 class Start:
   """A run before its first step, or where it goes on.
@@ -156,6 +167,7 @@ class Start:
     frozen: collections that are not trained.
     record: of the run.
     step_fn: see `step_function`.
+    trained: how many parameters are trained.
     resumed: the checkpoint that it goes on from; None: it begins.
   """
 
@@ -163,6 +175,7 @@ class Start:
   frozen: dict[str, Any]
   record: RunRecord
   step_fn: Callable[..., Any]
+  trained: int
   resumed: int | None
 
 
@@ -199,14 +212,22 @@ def begin(
     seed,
     selection,
     layout,
-    # Its rate is told by itself.
+    # Its rate is told by itself, those of methods among theirs.
     optimizer=optimizers.build_optimizer(optimizer, 0.0, first_step, axes),
     learning_rate=learning_rate,
     microbatches=microbatches,
     frozen_dtype=storage_dtype(frozen_dtype),
     **evaluations,
   )
-  tx = optimizers.build_optimizer(optimizer, learning_rate, first_step, axes)
+  rates = rates_of(model.methods, trainable)
+  tx = optimizers.build_optimizer(
+    optimizer, learning_rate, first_step, axes, rates
+  )
+  trained = sum(
+    array.size
+    for path, array in parameters.flatten(trainable).items()
+    if rates[path] > 0
+  )
   state, shardings = first_state(trainable, tx, first_step, layout, axes)
   del trainable  # the first step takes their buffers over
   checks.disk_has_room(model_dir, state)
@@ -224,7 +245,7 @@ def begin(
     shardings,
     first_step,
   )
-  return Start(state, frozen, record, step_fn, resumed)
+  return Start(state, frozen, record, step_fn, trained, resumed)
 
 
 def run_record(

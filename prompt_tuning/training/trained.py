@@ -100,9 +100,9 @@ def save_trained(
     UserError: they cannot be written.
   """
   folder = files.place(folder)
-  method = trained.method
-  axis = layers_axis(method)
-  arrays, facts = method.to_file(parameters.unrolled(trained.arrays, axis))
+  arrays = parameters.unrolled(trained.arrays, layers_axis(trained.method))
+  method, arrays = trained.method.plain(arrays)
+  arrays, facts = method.to_file(arrays)
   if trained.is_base:
     if '://' in os.fspath(folder):
       raise UserError(
@@ -232,7 +232,9 @@ def of_run(
         ' method: import the module that has it'
       )
     arrays = parameters.unrolled(arrays, layers_axis(kind))
-    found.append(Trained(*kind.from_file(arrays, settings, extra), facts))
+    method, arrays = kind.with_settings(settings).plain(arrays)
+    made = kind.from_file(arrays, method.settings(), extra)
+    found.append(Trained(*made, facts))
   return _naming_their_base(found)
 
 

@@ -22,6 +22,7 @@ from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
 from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.methods.per_layer import PerLayerPrompt
+from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
@@ -84,7 +85,7 @@ def test_other_adapters_and_shapes_are_refused(tmp_path, table):
   adapter(tmp_path, num_virtual_tokens=4)
   refused(tmp_path, 'shape [5, 192]', '4 virtual tokens')
   adapter(tmp_path, peft_type='LORA')
-  refused(tmp_path, 'type LORA')
+  refused(tmp_path, 'type LORA', 'PREFIX_TUNING')
   (tmp_path / 'adapter_config.json').write_text('{}')
   refused(tmp_path, 'adapter_config.json', 'peft_type')
   save_peft(tmp_path, table)
@@ -316,7 +317,10 @@ def test_methods_that_do_not_fit_are_one_line(tmp_path, capsys):
 
   folding, adapter = said(PerLayerPrompt(3))
   assert 'no plain T5 acts as one with the per_layer' in folding
-  assert 'peft has an adapter for prompt, lora, ia3, got per_layer' in adapter
+  assert (
+    'peft has an adapter for prompt, lora, ia3, prefix, got per_layer'
+    in adapter
+  )
   for message in said(LORA, base_fingerprint='0' * 16):
     assert 'was trained on t5_1_1_mini (fingerprint 0000' in message
   arrays = {
@@ -394,6 +398,68 @@ def test_ia3_is_pefts_ia3(tmp_path):
     found = stored[f'base_model.model.{theirs}.ia3_l']
     assert found.shape == shape
     np.testing.assert_array_equal(found.ravel(), arrays[ours])
+
+
+def test_a_prefix_of_the_decoder_is_pefts_and_comes_back(tmp_path, capsys):
+  """PEFT gives layer i of a T5's decoder the pair 2 * i."""
+  arrays = save_method(tmp_path / 'prefix', Prefix(3, ('decoder',)))
+  stored, config = peft_of(tmp_path, tmp_path / 'prefix')
+  assert config['peft_type'] == 'PREFIX_TUNING'
+  assert (config['num_layers'], config['token_dim']) == (4, 192)
+  assert config['num_transformer_submodules'] == 2
+  assert stored.keys() == {'prompt_embeddings'}
+  pairs = stored['prompt_embeddings'].reshape(3, 4, 2, 192)
+  for i in range(2):
+    for k, name in enumerate(('keys', 'values')):
+      array = arrays[f'decoder/layers_{i}/self_attention/{name}']
+      np.testing.assert_array_equal(pairs[:, 2 * i, k], array)
+  assert not pairs[:, 1::2].any()
+  capsys.readouterr()
+  assert run('diff', tmp_path / 'prefix', tmp_path / 'peft') == 0
+  (back,) = load_trained(tmp_path / 'peft')
+  assert back.method == Prefix(3, ('decoder',))
+  assert back.facts == {'base': 't5_1_1_mini', 'format': 'peft PREFIX_TUNING'}
+  refused(tmp_path / 'peft', 'holds prefix, a prompt alone')
+
+
+def test_layers_share_the_pairs_of_pefts_own_prefix(tmp_path):
+  """Of its default as many as the encoder has layers, here four."""
+  save_method(tmp_path / 'prefix', Prefix(3, ('decoder',)))
+  stored, _ = peft_of(tmp_path, tmp_path / 'prefix')
+  table = np.random.default_rng(0).normal(size=(3, 4 * 2 * 192)).astype('f')
+  safetensors.numpy.save_file(
+    {'prompt_embeddings': table}, tmp_path / 'peft/adapter_model.safetensors'
+  )
+  keys = table.reshape(3, 4, 2, 192)[:, :, 0]
+  place = 'decoder/layers_{}/self_attention/keys'
+
+  def taken():
+    (found,) = load_trained(tmp_path / 'peft')
+    return [
+      found.arrays[place.format(i)] for i in range(len(found.arrays) // 2)
+    ]
+
+  for got, want in zip(taken(), (0, 2, 0, 2), strict=True):
+    np.testing.assert_array_equal(got, keys[:, want])
+  # The base says how many layers there are to give them to.
+  (tmp_path / 'base').mkdir()
+  (tmp_path / 'base/config.json').write_text(
+    '{"num_layers": 4, "num_decoder_layers": 2}'
+  )
+  adapter(tmp_path / 'peft', base_model_name_or_path=str(tmp_path / 'base'))
+  for got, want in zip(taken(), (0, 2), strict=True):
+    np.testing.assert_array_equal(got, keys[:, want])
+  adapter(tmp_path / 'peft', num_transformer_submodules=1)
+  refused(tmp_path / 'peft', 'num_transformer_submodules 1')
+  adapter(tmp_path / 'peft', num_transformer_submodules=None, num_layers=3)
+  refused(tmp_path / 'peft', 'shape [3, 1536]', '3 layers')
+
+
+def test_pefts_prefix_reaches_no_encoder(tmp_path, capsys):
+  save_method(tmp_path / 'prefix', Prefix(3))
+  words = [tmp_path / 'prefix', tmp_path / 'out', '--to=peft']
+  assert run('convert', *words, '--base=t5_1_1_mini') == 1
+  assert 'this prefix has encoder, decoder: train' in capsys.readouterr().err
 
 
 # PEFT's own numbers.

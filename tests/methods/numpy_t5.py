@@ -3,7 +3,8 @@
 Written from the papers and not from the package, so that both can be compared.
 Parameters come by T5X's paths. `Lora`, `IA3` and deep prompts are what their
 papers say they are: an update of a kernel's product, scales of projections, and
-rows put in front of the sequence at every layer.
+rows put in front of the sequence at every layer; a prefix puts keys and values
+in front of those of an attention.
 """
 
 import math
@@ -12,33 +13,46 @@ import numpy as np
 
 
 def logits(
-  params, config, inputs, targets, *, lora=None, ia3=None, per_layer=None
+  params,
+  config,
+  inputs,
+  targets,
+  *,
+  lora=None,
+  ia3=None,
+  per_layer=None,
+  prefix=None,
 ):
   """float64 logits [L, V] of one example's targets.
 
   Args:
     params: {path: array}, layers unrolled.
     config: T5Config.
-    inputs: ids of the encoder, without virtual tokens.
+    inputs: ids of the encoder, without virtual tokens; or the embeddings
+      [T, E] in their place.
     targets: ids of the decoder's targets.
     lora: (arrays by path, alpha / rank).
     ia3: arrays by path.
     per_layer: {'encoder/layers_0/rows': [P, E], ...}.
+    prefix: {'encoder/layers_0/attention/keys': [P, N*D], ...}.
   """
-  return _T5(params, config, lora, ia3, per_layer or {}).logits(inputs, targets)
+  t5 = _T5(params, config, lora, ia3, per_layer or {}, prefix or {})
+  return t5.logits(inputs, targets)
 
 
 class _T5:
-  def __init__(self, params, config, lora, ia3, rows):
+  def __init__(self, params, config, lora, ia3, rows, prefix):
     self.params = {k: np.asarray(v, np.float64) for k, v in params.items()}
     self.config = config
     self.lora, self.scale = lora or ({}, 0.0)
     self.ia3 = ia3 or {}
     self.rows = {k: np.asarray(v, np.float64) for k, v in rows.items()}
+    self.prefix = {k: np.asarray(v, np.float64) for k, v in prefix.items()}
 
   def logits(self, inputs, targets):
     table = self.params['token_embedder/embedding']
-    x = table[np.asarray(inputs)]
+    x = np.asarray(inputs)
+    x = table[x] if x.ndim == 1 else x.astype(np.float64)
     front = self._front('encoder', 0)
     x = np.concatenate([np.zeros_like(front), x])
     bias = self._bias('encoder', len(x), bidirectional=True)
@@ -89,10 +103,20 @@ class _T5:
   def _attend(self, at, queries, keys, bias, mask=True):
     def heads(name, x):
       y = self._project(f'{at}/{name}', x)
-      return y.reshape(len(x), self.config.num_heads, -1).swapaxes(0, 1)
+      y = np.concatenate([self.prefix.get(f'{at}/{name}s', y[:0]), y])
+      return y.reshape(len(y), self.config.num_heads, -1).swapaxes(0, 1)
 
     q, k, v = heads('query', queries), heads('key', keys), heads('value', keys)
-    scores = np.where(mask, q @ k.swapaxes(1, 2) + bias, -np.inf)
+    scores = q @ k.swapaxes(1, 2)
+    front = scores.shape[2] - len(keys)
+    if front and not np.isscalar(bias):
+      # The sequence begins at position 0, the prefix in front of it at -P.
+      stack = at.partition('/')[0]
+      longer = self._bias(stack, front + len(keys), stack == 'encoder')
+      bias = longer[:, front:]
+    if front and not np.isscalar(mask):
+      mask = np.pad(mask, ((0, 0), (front, 0)), constant_values=True)
+    scores = np.where(mask, scores + bias, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     mixed = (weights @ v).swapaxes(0, 1).reshape(len(queries), -1)

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from prompt_tuning import methods
+from prompt_tuning.errors import UserError
+from prompt_tuning.interop.t5x_network import Network
+from prompt_tuning.methods.dept import ADePT
+from prompt_tuning.methods.dept import DePT
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
 from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.model_tuning import ModelTuning
 from prompt_tuning.methods.per_layer import PerLayerPrompt
+from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import decoding
 from prompt_tuning.models import network
@@ -41,6 +46,9 @@ METHODS = {
   'lora': Lora(2, alpha=3.0, targets=('query', 'value', 'wi_0', 'wo')),
   'ia3': IA3(),
   'per_layer': PerLayerPrompt(3),
+  'prefix': Prefix(3, ('encoder', 'decoder', 'cross')),
+  'dept': DePT(3, 2, inputs_length=7),
+  'adept': ADePT(3, 2),
 }
 TEXTS = ([5, 6, 7, 8, 9, 1], [9, 30, 1])
 TARGETS = ([11, 12, 1], [13, 1])
@@ -101,7 +109,7 @@ def logits_of(name, scan=False):
   return np.asarray(jax.jit(model.logits)(variables, batch_of(METHODS[name])))
 
 
-@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer'])
+@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer', 'prefix'])
 def test_a_method_does_what_its_paper_says(name):
   arrays = arrays_of(name)
   acting = {name: arrays}
@@ -123,6 +131,61 @@ def test_a_method_does_what_its_paper_says(name):
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize('name', ['dept', 'adept'])
+def test_the_embeddings_of_the_text_alone_are_updated(name):
+  """By position behind the prompt, or by the token: by another table."""
+  arrays = {k: np.float64(v) for k, v in arrays_of(name).items()}
+  flat = parameters.flatten(params())
+  table = np.asarray(flat['token_embedder/embedding'], np.float64)
+  for row, (text, target) in enumerate(zip(TEXTS, TARGETS)):
+    x = table[text]
+    if name == 'dept':
+      x = x + 8 / np.sqrt(2) * (arrays['a'] @ arrays['b'])[: len(text)]
+    else:
+      hidden = np.maximum(x @ arrays['down'] + arrays['down_bias'], 0)
+      x = x + hidden @ arrays['up'] + arrays['up_bias']
+      folded = ADePT.table(np.asarray(table, np.float32), arrays_of(name))
+      np.testing.assert_allclose(folded[text], x, atol=1e-5)
+    x = np.concatenate([arrays['table'], x])
+    want = numpy_t5.logits(flat, CONFIG, x, target)
+    got = logits_of(name)[row, : len(target)]
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_positions_begin_anew_for_each_example_of_a_packed_row():
+  method = METHODS['dept']
+  batch = batch_of(method)
+  virtual = method.virtual_tokens(CONFIG).ids().tolist()
+  row, segments = [], []
+  for number, text in enumerate(TEXTS, 1):
+    row += virtual + text
+    segments += [number] * (3 + len(text))
+  packed = {
+    'encoder_input_tokens': np.array([row], 'i4'),
+    'encoder_segment_ids': np.array([segments], 'i4'),
+    'decoder_segment_ids': np.array([[1] * 3 + [2] * 2], 'i4'),
+  }
+  for name in ('decoder_input_tokens', 'decoder_target_tokens'):
+    one, other = batch[name]
+    packed[name] = np.concatenate([one, other[:2]])[None]
+  longer = dataclasses.replace(method, inputs_length=13)
+  arrays = dict(arrays_of('dept'))
+  arrays['a'] = np.pad(arrays['a'], ((0, 6), (0, 0)), constant_values=9.0)
+  model = EncoderDecoderModel(CONFIG, methods=(longer,))
+  variables = {'params': params(), 'dept': arrays}
+  got = np.asarray(jax.jit(model.logits)(variables, packed))[0]
+  np.testing.assert_allclose(got[:3], logits_of('dept')[0], atol=2e-5)
+  np.testing.assert_allclose(got[3:], logits_of('dept')[1, :2], atol=2e-5)
+
+
+def test_a_text_that_is_longer_than_the_update_is_refused():
+  method = dataclasses.replace(METHODS['dept'], inputs_length=5)
+  model = EncoderDecoderModel(CONFIG, methods=(method,))
+  start = method.init(jax.random.key(1), params(), ANY_TEXT)
+  with pytest.raises(UserError, match='inputs_length is 5, the inputs have up'):
+    model.logits({'params': params(), 'dept': start}, batch_of(method))
+
+
 @pytest.mark.parametrize('name', METHODS)
 def test_scanned_layers_act_as_unrolled_ones(name):
   np.testing.assert_allclose(
@@ -142,11 +205,11 @@ def test_a_folded_model_is_a_plain_t5_that_acts_alike(name):
 
 
 def test_virtual_tokens_and_deep_prompts_fold_into_no_plain_t5():
-  for name in ('prompt', 'per_layer'):
+  for name in ('prompt', 'per_layer', 'prefix', 'dept', 'adept'):
     assert METHODS[name].fold({}, arrays_of(name)) is None
 
 
-@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer'])
+@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer', 'prefix'])
 def test_decoding_with_a_cache_sees_what_training_sees(name):
   """The likeliest next token at each position, one step at a time or all."""
   model, variables = model_of(name)
@@ -198,6 +261,23 @@ def test_shapes_are_known_without_weights(name):
     for path, names in axes.items():
       assert len(names) == len(found[path].shape)
       assert ('layers' in names) == parameters.is_scanned(path)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_t5x_has_a_place_for_every_array(name):
+  """And gives them back as the network's collections."""
+  method = METHODS[name]
+  if name in ('dept', 'adept'):
+    with pytest.raises(UserError, match="T5X's optimiser has one learning rat"):
+      jax.eval_shape(Network(CONFIG, (method,)).init, jax.random.key(0))
+    method = dataclasses.replace(method, update_rate=1.0)
+  module = Network(CONFIG, (method,))
+  made = jax.eval_shape(module.init, jax.random.key(0))
+  ours = jax.eval_shape(module.variables, made['params'])
+  shapes = {k: v.shape for k, v in parameters.flatten(ours[name]).items()}
+  assert shapes == {k: v.shape for k, v in arrays_of(name).items()}
+  t5 = parameters.flatten(ours['params'])
+  assert set(t5) == set(parameters.flatten(params()))
 
 
 def test_a_file_in_the_folder_is_a_method():

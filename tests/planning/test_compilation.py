@@ -18,11 +18,14 @@ import optax
 import pytest
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.methods.dept import DePT
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
 from prompt_tuning.methods.model_tuning import ModelTuning
 from prompt_tuning.methods.per_layer import PerLayerPrompt
+from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.methods.reparametrization import Superposition
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
@@ -203,7 +206,17 @@ def test_a_topology_that_cannot_be_read_is_refused(topology, message):
 
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.parametrize(
-  'method', [Prompt(3), Lora(2), IA3(), PerLayerPrompt(3), ModelTuning()]
+  'method',
+  [
+    Prompt(3),
+    Prompt(3, reparametrization=Superposition(4)),
+    Lora(2),
+    IA3(),
+    PerLayerPrompt(3),
+    Prefix(3, hidden=4),
+    DePT(3),
+    ModelTuning(),
+  ],
 )
 def test_a_method_says_what_is_trained(method, scan):
   """What it brings along is among the arguments, and what it replaces not."""
@@ -221,7 +234,7 @@ def test_a_method_says_what_is_trained(method, scan):
   step, (state, frozen, batch) = program.build('train', layout)
   assert set(state.trainable) == {method.collection}
   assert {str(x.dtype) for x in jax.tree.leaves(state.trainable)} == {'float32'}
-  virtual = 3 if method.collection in ('prompt', 'per_layer') else 0
+  virtual = 0 if method.virtual_tokens(config) is None else 3
   assert batch['encoder_input_tokens'].shape == (8, 8 + virtual)
   if isinstance(method, ModelTuning):
     assert not frozen and program.workload.trains_base

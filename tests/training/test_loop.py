@@ -20,12 +20,18 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.interop.prompts import load_trained
+from prompt_tuning.methods.dept import ADePT
+from prompt_tuning.methods.dept import DePT
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
 from prompt_tuning.methods.model_tuning import ModelTuning
 from prompt_tuning.methods.per_layer import PerLayerPrompt
+from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.methods.prompt import uniform
+from prompt_tuning.methods.reparametrization import LowRank
+from prompt_tuning.methods.reparametrization import Residual
+from prompt_tuning.methods.reparametrization import Superposition
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
@@ -428,11 +434,25 @@ def test_a_prompts_checkpoint_is_small(tmp_path):
   assert size < 100_000 + 3 * (3 * 16 * 4)
 
 
-@pytest.mark.parametrize('scan', [False, True])
+METHODS = {
+  'per_layer': (PerLayerPrompt(2),),
+  'several': (PROMPT, Lora(2), IA3(learning_rate_scale=0.1)),
+  'prefix': (Prefix(2, ('encoder', 'decoder', 'cross'), hidden=3),),
+  'dept': (DePT(3, 2, inputs_length=5), Prefix(2, ('cross',)), Lora(2)),
+  'adept': (ADePT(3, 2),),
+  'residual': (Prompt(3, 1, uniform(), reparametrization=Residual(4)),),
+  'low_rank': (Prompt(3, 1, uniform(), reparametrization=LowRank(2)),),
+  'superposition': (
+    Prompt(3, 1, uniform(), reparametrization=Superposition(4)),
+  ),
+}
+
+
 @pytest.mark.parametrize(
-  'methods',
-  [(PerLayerPrompt(2),), (PROMPT, Lora(2), IA3())],
-  ids=lambda methods: '+'.join(method.collection for method in methods),
+  ('methods', 'scan'),
+  [(methods, False) for methods in METHODS.values()]
+  + [(METHODS[name], True) for name in ('per_layer', 'several', 'prefix')],
+  ids=[*METHODS, 'per_layer scanned', 'several scanned', 'prefix scanned'],
 )
 def test_methods_train_resume_and_leave_their_files(tmp_path, methods, scan):
   config = dataclasses.replace(CONFIG, num_encoder_layers=2, scan_layers=scan)

@@ -359,6 +359,33 @@ def test_axes_of_methods_say_what_is_averaged_apart():
     )
 
 
+def test_arrays_have_rates_of_their_own_and_rate_0_changes_nothing():
+  """By hand for SGD on a falling rate; weight decay follows each rate."""
+  arrays = {'prompt': {'table': jnp.ones(3)}, 'lora': {'a': jnp.ones(3)}}
+  arrays['lora']['held'] = jnp.ones(3)
+  rates = {'prompt/table': 1.0, 'lora/a': 0.5, 'lora/held': 0.0}
+  fn = functools.partial(optax.chain, optax.add_decayed_weights(0.1))
+  optimizer = lambda learning_rate: fn(optax.sgd(learning_rate))
+  falling = lambda step: 0.4 - 0.1 * jnp.float32(step)
+  opt = build_optimizer(optimizer, falling, rates=rates)
+  state = opt.init(arrays)
+  grads = jax.tree.map(jnp.ones_like, arrays)
+  want = dict.fromkeys(rates, 1.0)
+  for rate in (0.4, 0.3):
+    updates, state = opt.update(grads, state, arrays)
+    arrays = optax.apply_updates(arrays, updates)
+    for path, factor in rates.items():
+      want[path] -= factor * rate * (1 + 0.1 * want[path])
+  for path, value in want.items():
+    collection, name = path.split('/')
+    np.testing.assert_allclose(arrays[collection][name], value, rtol=1e-6)
+  for wrong in (-1.0, np.inf):
+    with pytest.raises(
+      UserError, match='0 or more, and finite, got .* for a/b'
+    ):
+      build_optimizer(optax.sgd, 0.1, rates={'a/b': wrong})
+
+
 def test_adafactor_is_given_the_base_s_step():
   fn = functools.partial(adafactor, multiply_by_parameter_scale=False)
   opt = build_optimizer(fn, 0.3, initial_step=1_100_000)
