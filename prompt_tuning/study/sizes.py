@@ -12,6 +12,7 @@ from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.methods.method import Method
 from prompt_tuning.models import network
 from prompt_tuning.models.network import T5Config
+from prompt_tuning.models.parameters import flatten
 
 _PLAIN = (bool, int, float, str, list, tuple)
 
@@ -35,7 +36,11 @@ def parameters(settings: Mapping[str, Any]) -> tuple[int, int]:
       raise UserError(f'parameters are not known of the method {reference}')
     method = _made(kind, settings)
     arrays = _shapes(method, shapes)
-    trained += _count(arrays)
+    trained += sum(
+      array.size
+      for path, array in flatten(arrays).items()
+      if method.rate(path) > 0
+    )
     added += 0 if method.collection == 'params' else _count(arrays)
   return trained, of_model + added
 

@@ -232,6 +232,7 @@ def train(
       show=show,
       first_step=first_step,
       last_step=last_step,
+      trained=start.trained,
       patience=selection.patience,
       **periods,
     )
@@ -258,6 +259,7 @@ class _Run:
   show: reporting.Progress
   first_step: int
   last_step: int
+  trained: int
   patience: int | None
   eval_period: int
   checkpoint_period: int
@@ -284,7 +286,7 @@ class _Run:
     self.show.begin(self.last_step - self.first_step, done)
     self.show.say(
       f'trained: {", ".join(self.state.trainable)},'
-      f' {start.trained:,} parameters; frozen:'
+      f' {self.trained:,} parameters; frozen:'
       f' {frozen:,}; base {self.record.base} at step'
       f' {self.first_step:,}; {layout.mesh.size} device(s),'
       f' {jax.process_count()} process(es)'
@@ -378,7 +380,7 @@ class _Run:
       'best_step': best_step - self.first_step,
       'best_metric': record.best.metric,
       'metrics': record.best.metrics,
-      'trained_parameters': count(self.state.trainable),
+      'trained_parameters': self.trained,
       'frozen_parameters': count(self.frozen),
       'seconds': time.monotonic() - self.started,
     }
