@@ -127,6 +127,23 @@ def test_the_order_of_files_changes_nothing(name):
   assert len(texts) == 1
 
 
+STUDIES = [name for name in FILES if name.startswith('studies/')]
+# Where the cells of one size say enough of those of all.
+SIZES = ('super_glue', 'power_of_scale', 'parameters')
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_every_cell_of_a_study_is_a_command_that_works(name, capsys):
+  words = ['study', name, '--list', 'VOCABULARY=t5_1_1_mini']
+  if pathlib.Path(name).stem in SIZES:
+    words += ['--only=model:xl']
+  assert cli.main(words) == 0, capsys.readouterr().err
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) > 4 and all(x.startswith('prompt-tuning ') for x in lines)
+  head = (FOLDER / name).read_text().split('\n\n')[0]
+  assert 'prompt-tuning study' in head and 'Expected' in head
+
+
 def test_each_binding_of_the_wiring_stands_once():
   """So do other references, but in files of one folder that exclude others."""
   homes = collections.defaultdict(list)
@@ -137,6 +154,7 @@ def test_each_binding_of_the_wiring_stands_once():
         homes[str(binding)].append(name)
   assert len(homes) > 40
   choices = {target for target, names in homes.items() if len(names) > 1}
+  choices = {t for t in choices if not t.startswith('study.')}  # one a command
   assert choices == {
     'train.methods',  # of runs/ and methods/
     'train.learning_rate',  # of schedules/
