@@ -58,11 +58,11 @@ CONFIGURABLES = {
   'study': 'prompt_tuning.study.study',
   'Grid': 'prompt_tuning.study.grid',
   **dict.fromkeys(
-    (
-      *('table', 'figure', 'compare', 'tries', 'published'),
-      *('bars', 'every_metric', 'ensembles', 'parameters'),
-    ),
+    ('table', 'compare', 'every_metric', 'tries', 'ensembles', 'published'),
     'prompt_tuning.study.views',
+  ),
+  **dict.fromkeys(
+    ('figure', 'bars', 'parameters'), 'prompt_tuning.study.figures'
   ),
   **dict.fromkeys(
     ('interpretation', 'row_neighbours', 'similarity', 'prompt_map'),
@@ -84,7 +84,7 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
       values of a wrong type, bindings that nothing uses.
   """
   gin.clear_config()
-  usage, imports = _checked(function, request)
+  usage, imports = checked(function, request)
   for binding in usage.bindings:
     if isinstance(binding.value, str) and binding.value in usage.macros:
       near = f'did you mean {binding}=%{binding.value}?'
@@ -94,13 +94,17 @@ def configure(function: str, request: Request) -> Callable[..., Any]:
   gin.finalize()
   _note_bound(usage.bindings)
   call = gin.get_configurable(f'prompt_tuning.{function}')
-  if 'resolved_config' in _parameters(function):
+  if 'resolved_config' in parameters_of(function):
     return functools.partial(call, resolved_config=resolved_config)
   return call
 
 
-def _checked(function: str, request: Request) -> tuple['_Usage', list[str]]:
-  """What a call of the function uses, and gin's import statements."""
+def checked(function: str, request: Request) -> tuple['Usage', list[str]]:
+  """What a call of the function uses, and gin's import statements.
+
+  Raises:
+    ConfigurationError: as `configure`.
+  """
   found, imports = gin_files.read_bindings(request)
   for binding in found:
     # What a run bound may be another command's, or an older version's.
@@ -109,100 +113,14 @@ def _checked(function: str, request: Request) -> tuple['_Usage', list[str]]:
   held = gin_files.holding(found)
   trusted = gin_files.trusted_modules(found, request.allowed_imports)
   gin_files.check_modules(held, trusted)
-  usage = _Usage(function, held)
+  usage = Usage(function, held)
   # What is typed may cut off what a file binds: `train.evaluation=None` leaves
   # Evaluation without a user, which is no fault of the file.
   # The same holds for what one file binds in place of another.
   of_files = [b for b in found if b.level[0] != gin_files.TYPED]
-  alone = _Usage(function, of_files, all_bindings=True)
+  alone = Usage(function, of_files, all_bindings=True)
   usage.check(excused=alone.used)
   return usage, imports
-
-
-def settings(function: str, request: Request) -> dict[str, Any]:
-  """What a call of the function would be given, {parameter: value}.
-
-  Macros are replaced by what they stand for.
-
-  Raises:
-    ConfigurationError: as `configure`.
-  """
-  usage, _ = _checked(function, request)
-  return _settings([b for b in usage.bindings if str(b) in usage.used])
-
-
-def unused(function: str, request: Request) -> set[str]:
-  """What is typed and nothing that the function calls uses."""
-  found, _ = gin_files.read_bindings(request)
-  usage = _Usage(function, gin_files.holding(found))
-  typed = (b for b in usage.bindings if b.level[0] == gin_files.TYPED)
-  return {str(b) for b in typed if str(b) not in usage.used}
-
-
-def settings_of_run(config: str) -> dict[str, Any]:
-  """The same of the text of a run's config.gin."""
-  return _settings(list(gin_files.bindings_in(config)))
-
-
-def _settings(bindings: Sequence[Binding]) -> dict[str, Any]:
-  macros = {str(b): b.value for b in bindings if not b.parameter}
-
-  def value_of(value: Any) -> Any:
-    if isinstance(value, gin_files.Reference):
-      if value.startswith('%') and value[1:] in macros:
-        return value_of(macros[value[1:]])
-      return value.replace('prompt_tuning.', '')
-    if isinstance(value, dict):
-      return {key: value_of(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-      return [value_of(one) for one in value]
-    return value
-
-  return {str(b): value_of(b.value) for b in bindings if b.parameter}
-
-
-# Parameters that do not decide what a run is: where and how often it writes,
-# on which devices.
-_NO_MATTER = (
-  *('model_dir', 'output_dir', 'overwrite', 'progress', 'partitioner'),
-  *('log_period', 'checkpoint_period', 'keep_checkpoints'),
-)
-
-
-def differences(
-  wanted: Mapping[str, Any], found: Mapping[str, Any]
-) -> list[str]:
-  """In what the settings `found` are not those that are `wanted`.
-
-  What one of them does not say is its parameter's default.
-
-  Args:
-    wanted: of a command (`settings`).
-    found: of another, or of a run (`settings_of_run`).
-  """
-
-  def default(name: str) -> Any:
-    target, _, parameter = name.rpartition('.')
-    try:
-      found = _parameters(target.rpartition('/')[2])[parameter].default
-    except (ConfigurationError, KeyError):
-      return inspect.Parameter.empty
-    return _settings([Binding('', 'f', 'x', found)])['f.x']
-
-  told = []
-  for name in sorted({*wanted, *found}):
-    target, _, parameter = name.rpartition('.')
-    if parameter in _NO_MATTER or target.endswith('Partitioner'):
-      continue
-    one, other = (
-      values[name] if name in values else default(name)
-      for values in (wanted, found)
-    )
-    # A default that gin cannot write, such as a function, is in no config.gin.
-    plain = (bool, int, float, str, list, dict, types.NoneType)
-    if isinstance(one, plain) and isinstance(other, plain) and one != other:
-      told.append(f'{name}: {other}, not {one}')
-  return told
 
 
 def _note_bound(bindings: Sequence[Binding]) -> None:
@@ -239,7 +157,7 @@ def resolved_config() -> str:
   return called
 
 
-class _Usage:
+class Usage:
   """What a call of a function uses, along @references and %macros.
 
   Attributes:
@@ -324,7 +242,7 @@ class _Usage:
       _check_names(binding)
       self._check_type(binding, hints.get(binding.parameter, Any))
       self._follow(binding, scopes)
-    for parameter in _parameters(name).values() if called else ():
+    for parameter in parameters_of(name).values() if called else ():
       open_ended = parameter.kind in (
         parameter.VAR_POSITIONAL,
         parameter.VAR_KEYWORD,
@@ -448,7 +366,7 @@ def _check_names(binding: Binding) -> None:
     for reference in references(binding.value):
       if reference.startswith('@'):
         _resolve(reference.path[-1])
-    names = _parameters(binding.name) if binding.parameter else {'': None}
+    names = parameters_of(binding.name) if binding.parameter else {'': None}
   except ConfigurationError as error:
     raise ConfigurationError(f'{binding.where}: {error}') from None
   open_ended = any(p and p.kind == p.VAR_KEYWORD for p in names.values())
@@ -459,7 +377,8 @@ def _check_names(binding: Binding) -> None:
     )
 
 
-def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+  """Of a configurable, by its name."""
   return inspect.signature(_resolve(name)).parameters
 
 

@@ -1,11 +1,13 @@
 """The words of `prompt-tuning study`, and what other commands come to."""
 
 from collections.abc import Callable, Mapping, Sequence
+import inspect
 import shlex
 from typing import Any
 
 from prompt_tuning import configuration
 from prompt_tuning import gin_files
+from prompt_tuning.gin_files import Binding
 from prompt_tuning.gin_files import ConfigurationError
 from prompt_tuning.gin_files import Request
 
@@ -95,30 +97,93 @@ class Commands:
     self._functions = functions
 
   def settings(self, arguments: Sequence[str]) -> dict[str, Any]:
-    """See `configuration.settings`; the line of a fault names the command."""
+    """What a command's function would be given, {'Prompt.length': 20, ...}.
+
+    Macros are replaced by what they stand for.
+
+    Raises:
+      ConfigurationError: the line of a fault names the command.
+    """
     command, *words = arguments
     function, own_file = self._functions[command]
-    # A run that will be there when its turn comes is read by then.
     try:
       request, _ = self._parse(words, own_file)
-      return configuration.settings(function, request)
+      usage, _ = configuration.checked(function, request)
     except ConfigurationError as error:
       line = str(error).splitlines()[0]
       raise ConfigurationError(
         f'{line} (in prompt-tuning {shlex.join(arguments)})'
       ) from None
+    return _values([b for b in usage.bindings if str(b) in usage.used])
 
   def using(self, arguments: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Those of further bindings that the command has a use for."""
     command, *rest = arguments
     function, own_file = self._functions[command]
     request, _ = self._parse([*rest, *words], own_file)
-    spare = configuration.unused(function, request)
-    return [word for word in words if word.partition('=')[0] not in spare]
+    found, _ = gin_files.read_bindings(request)
+    usage = configuration.Usage(function, gin_files.holding(found))
+    return [word for word in words if word.partition('=')[0] in usage.used]
 
   def of_config(self, text: str) -> dict[str, Any]:
-    return configuration.settings_of_run(text)
+    """The settings of a run, of its config.gin."""
+    return _values(list(gin_files.bindings_in(text)))
 
   def differences(
     self, wanted: Mapping[str, Any], found: Mapping[str, Any]
   ) -> list[str]:
-    return configuration.differences(wanted, found)
+    """In what the settings `found` are not those that are `wanted`.
+
+    What one of them does not say is its parameter's default.
+    """
+    told = []
+    for name in sorted({*wanted, *found}):
+      target, _, parameter = name.rpartition('.')
+      if parameter in _NO_MATTER or target.endswith('Partitioner'):
+        continue
+      one, other = (
+        values[name] if name in values else _default(name)
+        for values in (wanted, found)
+      )
+      # What gin cannot write, such as a function, is in no config.gin.
+      if isinstance(one, _PLAIN) and isinstance(other, _PLAIN) and one != other:
+        told.append(f'{name}: {other}, not {one}')
+    return told
+
+
+# Parameters that do not decide what a run is: where and how often it writes.
+# Nor does it matter on which devices it runs.
+_NO_MATTER = (
+  *('model_dir', 'output_dir', 'overwrite', 'progress', 'partitioner'),
+  *('log_period', 'checkpoint_period', 'keep_checkpoints'),
+)
+_PLAIN = (bool, int, float, str, list, dict, type(None))
+
+
+def _values(bindings: Sequence[Binding]) -> dict[str, Any]:
+  """Of parameters, without macros; tuples are lists, as in gin they may be."""
+  macros = {str(b): b.value for b in bindings if not b.parameter}
+
+  def value_of(value: Any) -> Any:
+    if isinstance(value, gin_files.Reference):
+      if value.startswith('%') and value[1:] in macros:
+        return value_of(macros[value[1:]])
+      return value.replace('prompt_tuning.', '')
+    if isinstance(value, dict):
+      return {key: value_of(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+      return [value_of(one) for one in value]
+    return value
+
+  return {str(b): value_of(b.value) for b in bindings if b.parameter}
+
+
+def _default(name: str) -> Any:
+  """Of a parameter; `inspect.Parameter.empty` where it has none."""
+  target, _, parameter = name.rpartition('.')
+  try:
+    known = configuration.parameters_of(target.rpartition('/')[2])
+    default = known[parameter].default
+  except (ConfigurationError, KeyError):
+    return inspect.Parameter.empty
+  return _values([Binding('', 'a', 'b', default)])['a.b']

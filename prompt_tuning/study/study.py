@@ -5,7 +5,7 @@ read out of that folder, so runs that were made by hand or on another machine
 count too.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -116,14 +116,15 @@ def study(
   failed: dict[str, str] = {}
   remark = ''
   while action == 'run':
+    done = one.done()
     jobs = [
-      job
+      execution.Job(cell.name, one.home(cell.name), list(one.commands(cell)))
       for cell in one.cells()
-      if cell.name not in failed and (job := one.job(cell)) is not None
+      if cell.name not in {*done, *failed} and one.may_run(cell, done)
     ]
     if not jobs:
       break
-    states = execution.States(jobs, at_once, len(one.done()))
+    states = execution.States(jobs, at_once, len(done))
     if executor == 'local':
       local = execution.Local(at_once, one.folder / '.compiled')
       failed |= local.run(jobs, states)
@@ -142,8 +143,8 @@ def study(
   results = Results(cells, one.done(), one.settings)
   sections = [view(results) for view in views]
   folder = one.folder / 'report'
-  done = sum(cell.name in results.runs for cell in cells)
-  counts = f'{done} of {len(cells)} cells are done.'
+  count = sum(cell.name in results.runs for cell in cells)
+  counts = f'{count} of {len(cells)} cells are done.'
   if results.runs:
     sections.append(all_runs(results))
   report.write(folder, title, f'{text} {counts}'.strip(), sections)
@@ -155,7 +156,7 @@ def study(
       f' ({one.folder}/.logs has more; the same command tries again); the'
       f' report of the others is {folder / "report.html"}'
     )
-  found = {'cells': len(cells), 'done': done, 'failed': {}}
+  found = {'cells': len(cells), 'done': count, 'failed': {}}
   found |= {'remark': remark} if remark else {}
   return found | {'report': str(folder / 'report.html')}
 
@@ -182,6 +183,7 @@ class _Study:
     self._given = {*self._words}
     self._used: dict[str, list[str]] = {}
     self._homes: dict[str, pathlib.Path] = {}
+    self._shared: set[str] = set()  # cells that have another's folder
     self._known: dict[str, Run] = {}
 
   def cells(self) -> list[Cell]:
@@ -237,6 +239,7 @@ class _Study:
     for name, other in self._settings.items():
       if not self._commands.differences(own, other):
         self._homes[cell.name] = self.home(name)
+        self._shared.add(cell.name)
         break
     self._settings[cell.name] = own
 
@@ -254,7 +257,8 @@ class _Study:
     if folders and self._commands is None:
       raise UserError('study.adopt compares configurations: it needs commands')
     for cell in self.cells():
-      if runs_lib.read_run(self.home(cell.name)) is not None:
+      has_own = runs_lib.read_run(self.home(cell.name)) is not None
+      if has_own or cell.name in self._shared:
         continue
       for folder in found:
         if runs_lib.read_run(folder) is not None and not self._other(
@@ -320,23 +324,16 @@ class _Study:
         else:
           yield cell.with_words(shlex.split(text)).arguments(str(folder))
 
-  def job(self, cell: Cell) -> execution.Job | None:
-    """What is left to do of a cell, if it is this study's turn to do it."""
-    home = self.home(cell.name)
-    needed = {one.name: one for one in self.cells() if one.name in cell.needs}
-    if home != self.folder / cell.name or self.run(cell) is not None:
-      return None  # another cell's, or done
-    if any(self.run(one) is None for one in needed.values()):
-      return None
-    return execution.Job(cell.name, home, list(self.commands(cell)))
+  def may_run(self, cell: Cell, done: Collection[str]) -> bool:
+    """Whether it is its turn: no other cell's, and what it needs is done."""
+    return cell.name not in self._shared and {*cell.needs} <= {*done}
 
   def lines(self) -> Iterator[str]:
     """Commands as a shell takes them; of what is done, the first."""
     for cell in self.cells():
-      home = self.home(cell.name)
-      if home == self.folder / cell.name:
+      if cell.name not in self._shared:
         left = list(self.commands(cell))
-        for words in left or [cell.arguments(str(home))]:
+        for words in left or [cell.arguments(str(self.home(cell.name)))]:
           yield f'prompt-tuning {shlex.join(words)}' + '  # done' * (not left)
 
   def write_json(self, folder: pathlib.Path, cells: Sequence[Cell]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.study import published as published_lib
-from prompt_tuning.study import sizes
 from prompt_tuning.study import statistics
 from prompt_tuning.study.grid import SEED
 from prompt_tuning.study.grid import TRY
@@ -139,7 +138,7 @@ def table(
       found = [results.summary({columns: n}, metric, evaluation) for n in names]
       values = ['' if one is None else str(one) for one in found]
       lines.append([average, *[''] * (len(axes) - 1), *values])
-    text = f'{_of(metric, evaluation)}; mean ± standard deviation over runs.'
+    text = f'{of(metric, evaluation)}; mean ± standard deviation over runs.'
     if reference is not None:
       source, figures = published_lib.figures(reference)
       text += f' Published: {source}.'
@@ -151,156 +150,6 @@ def table(
           )
     header = [*axes, *names]
     return Section(title or f'{metric} by {columns}', text, header, lines)
-
-  return view
-
-
-def figure(
-  x: str,
-  lines: str,
-  panels: str | None = None,
-  metric: str = 'score',
-  evaluation: str = VALIDATION,
-  title: str = '',
-  x_values: Mapping[str, float] | None = None,
-  reference: str | None = None,
-) -> View:
-  """A plot: a line for each label of an axis, over the labels of another.
-
-  Args:
-    x: an axis; labels that are numbers stand in their place.
-    lines: an axis.
-    panels: an axis, a plot for each of its labels; None: one plot, of the mean
-      over all other axes.
-    metric: see `Run.value`.
-    evaluation: likewise.
-    title: of the section.
-    x_values: places of `x`'s labels on a logarithmic axis, such as sizes.
-    reference: published figures, drawn dashed, by their own labels of x.
-  """
-
-  def view(results: Results) -> Section:
-    from matplotlib.figure import Figure
-
-    names = results.labels(panels) if panels else [None]
-    places = _places(results.labels(x), x_values)
-    width = 5.5 if len(names) == 1 else 3.6 * len(names)
-    drawn = Figure(figsize=(width, 4), layout='constrained')
-    plots = drawn.subplots(1, len(names), squeeze=False, sharey=True)[0]
-    for plot, name in zip(plots, names):
-      for label in results.labels(lines):
-        _line(
-          plot,
-          results,
-          places,
-          x,
-          {lines: label} | ({panels: name} if panels else {}),
-          metric,
-          evaluation,
-          label,
-        )
-      if x_values:
-        plot.set_xscale('log')
-      plot.set_xticks(list(places.values()), list(places))
-      plot.minorticks_off()
-      plot.set(xlabel=x, title=name or '')
-      plot.grid(alpha=0.3)
-    plots[0].set(ylabel=metric)
-    plots[-1].legend(fontsize='small')
-    text = f'{_of(metric, evaluation)}; bars: standard deviation over runs.'
-    if reference is not None:
-      source, figures = published_lib.figures(reference)
-      text += f' For comparison: {source}.'
-      for label, by_x in figures.items():
-        known = {n: v for n, v in by_x.items() if n in places}
-        if known:
-          plots[0].plot(
-            [places[n] for n in known],
-            [published_lib.number(v) for v in known.values()],
-            '--',
-            alpha=0.5,
-            label=f'{label}, published',
-          )
-      plots[-1].legend(fontsize='small')
-    return Section(title or f'{metric} over {x}', text, figure=drawn)
-
-  return view
-
-
-def _line(plot, results, places, x, chosen, metric, evaluation, label):
-  """Draws one line with its deviations, where there are values."""
-  points = [
-    (place, summary)
-    for name, place in places.items()
-    if (summary := results.summary({**chosen, x: name}, metric, evaluation))
-  ]
-  if not points:
-    return
-  plot.errorbar(
-    [place for place, _ in points],
-    [summary.mean for _, summary in points],
-    [summary.deviation or 0 for _, summary in points],
-    marker='o',
-    capsize=3,
-    label=label,
-  )
-
-
-def _places(
-  labels: Sequence[str], x_values: Mapping[str, float] | None
-) -> dict[str, float]:
-  if x_values:
-    missing = [label for label in labels if label not in x_values]
-    if missing:
-      raise UserError(f'figure.x_values has no {missing[0]!r}')
-    return {label: x_values[label] for label in labels}
-  try:
-    return {label: float(label) for label in labels}
-  except ValueError:
-    return {label: float(i) for i, label in enumerate(labels)}
-
-
-def bars(
-  axis: str,
-  metric: str = 'score',
-  evaluation: str = VALIDATION,
-  title: str = '',
-) -> View:
-  """A bar for each label of an axis, and their numbers.
-
-  Args:
-    axis: of the study.
-    metric: see `Run.value`.
-    evaluation: likewise.
-    title: of the section.
-  """
-
-  def view(results: Results) -> Section:
-    from matplotlib.figure import Figure
-
-    found = {
-      label: summary
-      for label in results.labels(axis)
-      if (summary := results.summary({axis: label}, metric, evaluation))
-    }
-    drawn = Figure(figsize=(5.5, 3.5), layout='constrained')
-    plot = drawn.subplots()
-    plot.bar(
-      list(found),
-      [summary.mean for summary in found.values()],
-      yerr=[summary.deviation or 0 for summary in found.values()],
-      capsize=4,
-      alpha=0.7,
-    )
-    plot.set(ylabel=metric, xlabel=axis)
-    plot.tick_params(axis='x', labelsize='small')
-    plot.grid(alpha=0.3, axis='y')
-    rows = [
-      [label, str(summary), len(summary.values)]
-      for label, summary in found.items()
-    ]
-    text = f'{_of(metric, evaluation)}; bars: standard deviation over runs.'
-    return Section(title or axis, text, [axis, metric, 'runs'], rows, drawn)
 
   return view
 
@@ -453,62 +302,6 @@ def ensembles(
   return view
 
 
-def parameters(
-  rows: str = 'method', columns: str = 'model', title: str = 'Parameters'
-) -> View:
-  """Trained parameters and their share, out of shapes alone: no run is needed.
-
-  Args:
-    rows: an axis.
-    columns: an axis.
-    title: of the section.
-  """
-
-  def view(results: Results) -> Section:
-    from matplotlib.figure import Figure
-
-    names = results.labels(columns)
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for cell in results.cells:
-      at = cell.labels.get(rows), cell.labels.get(columns)
-      if cell.command == 'train' and None not in at and at not in counts:
-        counts[at] = sizes.parameters(results.settings(cell))
-    drawn = Figure(figsize=(5.5, 4), layout='constrained')
-    plot = drawn.subplots()
-    lines = []
-    for label in results.labels(rows):
-      known = {n: counts[label, n] for n in names if (label, n) in counts}
-      if not known:
-        continue
-      lines.append(
-        [
-          label,
-          *(
-            f'{known[n][0]:,} ({_percent(*known[n])})' if n in known else ''
-            for n in names
-          ),
-        ]
-      )
-      plot.plot(
-        [total for _, total in known.values()],
-        [trained for trained, _ in known.values()],
-        marker='o',
-        label=label,
-      )
-    plot.set(xscale='log', yscale='log', xlabel='parameters of the model')
-    plot.set(ylabel='trained parameters')
-    plot.grid(alpha=0.3)
-    plot.legend(fontsize='small')
-    text = 'Trained parameters, and their share of all; counted from shapes.'
-    return Section(title, text, [rows, *names], lines, drawn)
-
-  return view
-
-
-def _percent(trained: int, total: int) -> str:
-  return f'{100 * trained / total:.3g}%'
-
-
 def tries(metric: str = 'score', title: str = 'The search') -> View:
   """What each try of a search gave with the first seed, and the best."""
 
@@ -530,7 +323,7 @@ def tries(metric: str = 'score', title: str = 'The search') -> View:
             'taken' if cell.chosen else '',
           ]
         )
-    text = f'{_of(metric, VALIDATION)}, first seed.'
+    text = f'{of(metric, VALIDATION)}, first seed.'
     return Section(title, text, [*axes, 'try', metric, ''], rows)
 
   return view
@@ -610,5 +403,6 @@ def _number(value: Any, form: str) -> str:
   return '' if value is None else format(value, form)
 
 
-def _of(metric: str, evaluation: str) -> str:
+def of(metric: str, evaluation: str) -> str:
+  """What a section's numbers are."""
   return f'{metric} ({evaluation})'

@@ -10,6 +10,7 @@ from prompt_tuning import cli
 from prompt_tuning import configuration
 from prompt_tuning.errors import UserError
 from prompt_tuning.study import execution
+from prompt_tuning.study import figures
 from prompt_tuning.study import runs as runs_lib
 from prompt_tuning.study import views
 from prompt_tuning.study.execution import Job
@@ -119,10 +120,10 @@ def test_two_methods_are_compared_on_the_examples_they_share(folder):
 
 
 def test_the_page_is_all_by_itself_and_figures_are_files_too(folder):
-  figure = views.figure(
+  figure = figures.figure(
     x='model', lines='method', x_values={'small': 1, 'large': 9}
   )
-  _, text = collect(folder, figure, views.bars('method'))
+  _, text = collect(folder, figure, figures.bars('method'))
   report = folder / 'report'
   assert (report / 'score_over_model.png').read_bytes().startswith(b'\x89PNG')
   assert '<svg' in (report / 'score_over_model.svg').read_text()

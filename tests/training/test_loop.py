@@ -158,6 +158,16 @@ def test_a_run_learns_a_prompt_and_writes_its_files(tmp_path):
   assert (result.step, result.best_step) == (1030, 1030)
   assert result.metrics['validation/loss'] < 2.3
   assert table_of(result).shape == (1, 3, 16)
+  # What came of it, for who compares runs.
+  told = json.loads((tmp_path / 'result.json').read_text())
+  assert (told['base'], told['base_step']) == ('tiny base', 1000)
+  assert (told['steps'], told['best_step'], told['seed']) == (30, 30, 0)
+  assert told['trained_parameters'] == 3 * 16
+  assert told['metrics'] == result.metrics
+  assert told['methods']['prompt']['length'] == 3
+  # More than the program's own, and less than this machine can have.
+  assert 10**8 < told['peak_memory_bytes'] < 10**12
+  assert 0 < trained[-1]['seconds_per_step'] <= told['seconds']
   assert list((tmp_path / 'tensorboard').iterdir())
 
 
