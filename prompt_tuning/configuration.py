@@ -379,9 +379,14 @@ def _check_names(binding: Binding) -> None:
 
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
   """Of a configurable, by its name."""
-  return inspect.signature(_resolve(name)).parameters
+  return _signature(_resolve(name)).parameters
 
 
+# A study looks at the same ones for each of its cells.
+_signature = functools.cache(inspect.signature)
+
+
+@functools.cache
 def _type_hints(target: Any) -> dict[str, Any]:
   if inspect.isclass(target) and not dataclasses.is_dataclass(target):
     target = target.__init__

@@ -129,6 +129,12 @@ class Commands:
     """The settings of a run, of its config.gin."""
     return _values(list(gin_files.bindings_in(text)))
 
+  def key(self, settings: Mapping[str, Any]) -> str:
+    """Equal for settings of the same run; defaults are not looked up."""
+    return repr(
+      sorted((k, repr(v)) for k, v in settings.items() if _matters(k))
+    )
+
   def differences(
     self, wanted: Mapping[str, Any], found: Mapping[str, Any]
   ) -> list[str]:
@@ -138,8 +144,7 @@ class Commands:
     """
     told = []
     for name in sorted({*wanted, *found}):
-      target, _, parameter = name.rpartition('.')
-      if parameter in _NO_MATTER or target.endswith('Partitioner'):
+      if not _matters(name):
         continue
       one, other = (
         values[name] if name in values else _default(name)
@@ -158,6 +163,11 @@ _NO_MATTER = (
   *('log_period', 'checkpoint_period', 'keep_checkpoints'),
 )
 _PLAIN = (bool, int, float, str, list, dict, type(None))
+
+
+def _matters(name: str) -> bool:
+  target, _, parameter = name.rpartition('.')
+  return parameter not in _NO_MATTER and not target.endswith('Partitioner')
 
 
 def _values(bindings: Sequence[Binding]) -> dict[str, Any]:

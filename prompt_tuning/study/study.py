@@ -37,6 +37,9 @@ class Commands(Protocol):
   def of_config(self, text: str) -> Mapping[str, Any]:
     """What the config.gin of a run says."""
 
+  def key(self, settings: Mapping[str, Any]) -> str:
+    """Equal for settings of the same run."""
+
   def differences(
     self, wanted: Mapping[str, Any], found: Mapping[str, Any]
   ) -> list[str]:
@@ -182,6 +185,7 @@ class _Study:
     self._settings: dict[str, Mapping[str, Any]] = {}
     self._given = {*self._words}
     self._used: dict[str, list[str]] = {}
+    self._first: dict[str, str] = {}  # cell of those settings
     self._homes: dict[str, pathlib.Path] = {}
     self._shared: set[str] = set()  # cells that have another's folder
     self._known: dict[str, Run] = {}
@@ -236,12 +240,12 @@ class _Study:
     if self._commands is None or cell.name in self._settings or cell.needs:
       return  # of what needs others, the folder is theirs to say
     own = self._commands.settings(cell.arguments(str(self.folder / cell.name)))
-    for name, other in self._settings.items():
-      if not self._commands.differences(own, other):
-        self._homes[cell.name] = self.home(name)
-        self._shared.add(cell.name)
-        break
     self._settings[cell.name] = own
+    key = self._commands.key(own)
+    first = self._first.setdefault(key, cell.name)
+    if first != cell.name:
+      self._homes[cell.name] = self.home(first)
+      self._shared.add(cell.name)
 
   def settings(self, cell: Cell) -> Mapping[str, Any]:
     """What its command comes to, as far as anybody knows."""
