@@ -23,6 +23,7 @@ import numpy as np
 from prompt_tuning import files
 from prompt_tuning.data.task import Task
 from prompt_tuning.data.vocabularies import load_vocabulary
+from prompt_tuning.errors import UserError
 from prompt_tuning.interop import t5x
 from prompt_tuning.interop import t5x_network
 from prompt_tuning.interop.t5x_network import Network as Network
@@ -45,7 +46,16 @@ def is_trained(methods: Sequence[Method]) -> Callable[[str, Any], bool]:
 
   A function for `ModelParamTraversal.filter_fn`: those of methods, and T5's
   own if ModelTuning is one of them.
+
+  Raises:
+    UserError: a method needs more of a train step than T5X's does.
   """
+  for method in methods:
+    if method.untrained or type(method).penalty is not Method.penalty:
+      raise UserError(
+        f'{method.collection} has arrays or a penalty that T5X does not know'
+        ' of; train it with prompt-tuning train'
+      )
 
   def select(path: str, value: Any) -> bool:
     del value

@@ -39,7 +39,7 @@ def by_collection() -> dict[str, type[Method]]:
   while waiting:
     kind = waiting.pop(0)
     waiting += kind.__subclasses__()
-    if kind is not Method:
+    if 'collection' in vars(kind):  # others are what some have in common
       found.setdefault(kind.collection, kind)
   return found
 

@@ -20,8 +20,11 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+from jaxtyping import Float
 
 from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.vocabularies import ByteVocabulary
+from prompt_tuning.data.vocabularies import Vocabulary
 from prompt_tuning.models import parameters
 from prompt_tuning.models.network import T5Config
 
@@ -52,10 +55,14 @@ class Method:
     collection: name of its variable collection, and of its files.
     reads_weights: it computes with T5's weights by itself, where what other
       methods make of them does not reach.
+    untrained: names of arrays (the ends of their paths) that no update
+      changes. It gives them no gradient; what the optimiser makes of them all
+      the same, such as weight decay, is undone. `refreshed` may change them.
   """
 
   collection: ClassVar[str]
   reads_weights: ClassVar[bool] = False
+  untrained: ClassVar[Sequence[str]] = ()
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     """Its arrays at the start, float32.
@@ -90,10 +97,36 @@ class Method:
     """How it acts in the network, on this batch.
 
     Args:
-      batch: has `encoder_input_tokens` [B, T].
+      batch: has `encoder_input_tokens` [B, T] and, of packed examples,
+        `encoder_segment_ids` [B, T].
     """
     del batch
     return None
+
+  def penalty(
+    self, arrays: Mapping[str, Any], params: Mapping[str, Any]
+  ) -> Float[jax.Array, ''] | None:
+    """What is added to the loss of a step; logged as 'penalty'.
+
+    Once a step, whatever the size of the batch and the number of its parts:
+    its weight counts against a loss that `loss_normalizing_factor` divides.
+
+    Args:
+      arrays: its own.
+      params: T5's.
+    """
+    del arrays, params
+    return None
+
+  def refreshed(
+    self, arrays: Mapping[str, Any], params: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """New values of untrained arrays, by name, after an update of the others.
+
+    Args: as `penalty`'s.
+    """
+    del arrays, params
+    return {}
 
   def fold(
     self, params: Mapping[str, Any], arrays: Mapping[str, Any]
@@ -109,6 +142,26 @@ class Method:
     """
     del params, arrays
     return None
+
+  def plain(
+    self, arrays: Mapping[str, Any]
+  ) -> tuple['Method', dict[str, Any]] | None:
+    """A simpler method that acts alike, and its arrays: a plain prompt.
+
+    Its files are written beside this method's own, for other readers.
+
+    Args:
+      arrays: by path, layers unrolled.
+    """
+    del arrays
+    return None
+
+  def in_words(
+    self, arrays: Mapping[str, Any], vocabulary: Vocabulary | ByteVocabulary
+  ) -> dict[str, str]:
+    """What its arrays say to people, by name; its file has it as facts."""
+    del arrays, vocabulary
+    return {}
 
   def settings(self) -> dict[str, Any]:
     """Those settings that its arrays need to act again, as plain values."""

@@ -234,7 +234,7 @@ def train(
       patience=selection.patience,
       **periods,
     )
-    run.announce(layout, reason, start.resumed, lock.remark)
+    run.announce(methods, layout, reason, start.resumed, lock.remark)
     if resolved_config is not None and hosts.is_primary():
       with files.replacing(model_dir / 'config.gin') as file:
         file.write(resolved_config())
@@ -275,14 +275,15 @@ class _Run:
     return self.ended or (self.step - self.first_step) % period == 0
 
   def announce(
-    self, layout, reason: str, resumed: int | None, remark: str
+    self, methods, layout, reason: str, resumed: int | None, remark: str
   ) -> None:
     count = reporting.count_parameters
+    kept = [name for method in methods for name in method.untrained]
     done = self.step - self.first_step
     self.show.begin(self.last_step - self.first_step, done)
     self.show.say(
       f'trained: {", ".join(self.state.trainable)},'
-      f' {count(self.state.trainable):,} parameters; frozen:'
+      f' {count(self.state.trainable, kept):,} parameters; frozen:'
       f' {count(self.frozen):,}; base {self.record.base} at step'
       f' {self.first_step:,}; {layout.mesh.size} device(s),'
       f' {jax.process_count()} process(es)'

@@ -1,6 +1,6 @@
 """What a run says: a line of progress, a JSONL of metrics, TensorBoard."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import json
 import logging
 import os
@@ -177,9 +177,14 @@ class Clock:
     return rates
 
 
-def count_parameters(tree: Any) -> int:
-  """Scalars in all leaves."""
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def count_parameters(tree: Any, but: Collection[str] = ()) -> int:
+  """Scalars in all leaves, but those whose paths end in these names."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return sum(
+    leaf.size
+    for path, leaf in leaves
+    if jax.tree_util.keystr(path[-1:], simple=True) not in but
+  )
 
 
 def per_token(sums: Mapping[str, Any]) -> dict[str, float]:
@@ -206,6 +211,8 @@ def summary(
     'trained_norm',
   )
   values = {name: float(metrics[name]) for name in kept}
+  if metrics['penalty']:
+    values['penalty'] = float(metrics['penalty'])
   return per_token(metrics) | values | rates
 
 
