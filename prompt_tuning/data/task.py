@@ -60,6 +60,9 @@ class Task:
     prompt_indices: which prompt of the table each task's examples get,
       {task name: index}; None gives all of them prompt 0, or that of their own
       feature `prompt_index`.
+    text_prompt: put in front of each example's inputs, with a space, before
+      they are read as pieces: a prompt in words. It takes room of the length
+      of the inputs.
   """
 
   name: str
@@ -69,6 +72,7 @@ class Task:
   local_data_dir: str | None = None
   target_sentinel: bool = False
   prompt_indices: Mapping[str, int] | None = None
+  text_prompt: str | None = None
 
   def __post_init__(self):
     for name in ('inputs', 'targets'):
@@ -128,7 +132,10 @@ class Task:
   def facts(self) -> dict[str, object]:
     """What serving needs to know of the task (see `training.batches`)."""
     facts: dict[str, object] = {'labels': self.class_labels()}
-    facts['template'] = TEMPLATES.get(self.name)
+    facts['template'] = template = TEMPLATES.get(self.name)
+    if template and self.text_prompt:
+      words = self.text_prompt.replace('{', '{{').replace('}', '}}')
+      facts['template'] = f'{words} {template}'
     facts['target_sentinel'] = self.target_sentinel or None
     return {name: fact for name, fact in facts.items() if fact is not None}
 
@@ -176,12 +183,18 @@ class Task:
         else dataclasses.replace(feature, vocabulary=replacement)
         for key, feature in task.output_features.items()
       }
-    if self.target_sentinel:
-      if seqio.preprocessors.tokenize not in steps:
-        raise UserError(
-          f'target_sentinel needs a task that tokenizes its text, {task.name}'
-          ' does not'
+    if self.text_prompt is not None:
+      _require_text(task, 'text_prompt')
+      words = f'{self.text_prompt} '
+
+      def put_in_front(dataset):
+        return dataset.map(
+          lambda row: {**row, 'inputs': tf.strings.join([words, row['inputs']])}
         )
+
+      steps.insert(steps.index(seqio.preprocessors.tokenize), put_in_front)
+    if self.target_sentinel:
+      _require_text(task, 'target_sentinel')
       steps.insert(
         steps.index(seqio.preprocessors.tokenize) + 1,
         functools.partial(
@@ -316,6 +329,16 @@ def register_tasks(modules: Sequence[str] = ()) -> None:
         f'modules names {module!r}, which fails when it is imported:'
         f' {type(error).__name__}: {error}'
       ) from error
+
+
+def _require_text(task: 'seqio.Task', setting: str) -> None:
+  """Raises UserError where a task's preprocessors do not tokenize text."""
+  import seqio
+
+  if seqio.preprocessors.tokenize not in task.preprocessors:
+    raise UserError(
+      f'{setting} needs a task that tokenizes its text, {task.name} does not'
+    )
 
 
 def _require_tfds_data(task: 'seqio.Task') -> None:
