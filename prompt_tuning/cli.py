@@ -327,11 +327,12 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
       --prompt=runs/bbc/prompt --vocabulary=t5_1_1_mini
     prompt-tuning convert prompt_a prompt_b table.npy --to=serving_table
     prompt-tuning convert t5_1_1_mini merged --to=t5x --trained=runs/ia3
+    prompt-tuning convert runs/bbc/prompt out --to=recycled --base=other_model
     prompt-tuning convert runs/ia3 adapter --to=peft --base=hf_folder
 
   Sources are whatever INITIAL_CHECKPOINT_PATH and PROMPT_FILE take. --trained
-  folds what can be folded (LoRA, IA3), a run's or a file's, into the model's
-  parameters.
+  folds what can be folded (LoRA, IA3, norm scales), a run's or a file's, into
+  the model's parameters.
   """
   from prompt_tuning.interop import conversion
 
@@ -342,8 +343,14 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   add('--to', required=True, choices=formats)
   add('--prompt', help='for t5x and prompt_tokens: a prompt to put in')
   add('--trained', help='what was trained on the model, to fold into it')
-  add('--base', help="for peft: the adapter's Hugging Face model")
-  add('--vocabulary', help='to write beside a Hugging Face model')
+  add('--base', help="for peft: the adapter's model; for recycled: the new one")
+  add('--old_base', help='for recycled: of the prompt, if it does not name it')
+  kinds = ('linear', 'mlp')
+  add('--recycler', default='linear', choices=kinds, help='for recycled')
+  add(
+    '--vocabulary',
+    help='to write beside a Hugging Face model; for recycled: its words alone',
+  )
   add('--step', type=int, help='of a model that does not say it')
   add('--dtype', default='float32', choices=('float32', 'bfloat16'))
   add('--overwrite', action='store_true', help='replace files of OUTPUT')
@@ -355,9 +362,10 @@ def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
 
     prompt-tuning inspect t5_1_1_mini
     prompt-tuning inspect runs/bbc/prompt runs/other/prompt
+    prompt-tuning inspect runs/bbc --text
 
   Prints a summary with step and metadata; of several prompts also the cosine
-  of their rows.
+  of their rows; with --text what the vocabulary's nearest pieces make of each.
   """
   from prompt_tuning.interop import conversion
 
@@ -368,6 +376,15 @@ def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
     dest='all_arrays',
     help='shape, type and norm of each array too',
   )
+  parser.add_argument(
+    '--text',
+    nargs='?',
+    const='pieces',
+    choices=('pieces', 'words'),
+    help='prompts as text, of the nearest pieces or of whole words',
+  )
+  parser.add_argument('--base', help='for --text: the model, if not named')
+  parser.add_argument('--vocabulary', help='for --text: likewise')
   return conversion.inspect(**vars(parser.parse_args(arguments)))
 
 

@@ -22,6 +22,7 @@ from prompt_tuning.interop import hugging_face
 from prompt_tuning.interop.hugging_face_writing import write_json
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models.network import T5Config
 from prompt_tuning.training import tensor_files
@@ -87,6 +88,13 @@ def load_peft(
   return table[:length], {k: v for k, v in facts.items() if v is not None}
 
 
+def with_adapter(trained: Trained) -> Trained:
+  """It, or its plain form where PEFT has an adapter for that alone."""
+  if type(trained.method) in _ADAPTERS:
+    return trained
+  return trained.plain() or trained
+
+
 def save_peft(
   folder: str | os.PathLike, trained: Trained, *, base: str, config: T5Config
 ) -> list[pathlib.Path]:
@@ -94,7 +102,7 @@ def save_peft(
 
   Args:
     folder: created if need be.
-    trained: a prompt, LoRA or IA3.
+    trained: a prompt, LoRA, IA3 or a multitask prompt.
     base: the Hugging Face model it belongs to, a path or an id.
     config: the base's network.
 
@@ -186,7 +194,33 @@ def _of_ia3(
   }
 
 
-_ADAPTERS = {Prompt: _of_prompt, Lora: _of_lora, IA3: _of_ia3}
+def _of_multitask_prompt(
+  method: MultitaskPrompt, arrays: Mapping[str, Any], config: T5Config
+) -> tuple[dict, dict]:
+  """With one submodule: PEFT's forward would give the decoder rows too."""
+  # Its placement is checked as a plain prompt's.
+  plain = method.plain(arrays)[1]['table'][:1]
+  facts = _of_prompt(method.prompt, {'table': plain}, config)[1]
+  return {
+    _EMBEDDINGS: arrays['shared'],
+    'prefix_task_cols': arrays['columns'],
+    'prefix_task_rows': arrays['rows'],
+  }, {
+    **facts,
+    'num_ranks': method.rank,
+    'num_tasks': method.prompt.num_prompts,
+    'peft_type': 'MULTITASK_PROMPT_TUNING',
+    'prompt_tuning_init_state_dict_path': None,
+    'prompt_tuning_init_task': 0,
+  }
+
+
+_ADAPTERS = {
+  Prompt: _of_prompt,
+  Lora: _of_lora,
+  IA3: _of_ia3,
+  MultitaskPrompt: _of_multitask_prompt,
+}
 
 
 def _module(place: str) -> str:

@@ -6,7 +6,7 @@ several; the .npy file is what public prompts come as, the other one also says
 which base model the prompt belongs to. Nothing is ever unpickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 import os
 import pathlib
 import tempfile
@@ -23,7 +23,9 @@ from prompt_tuning import methods as methods_lib
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
 from prompt_tuning.interop import faults
+from prompt_tuning.interop import peft_methods
 from prompt_tuning.interop import t5x
+from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning.methods.prompt import Initializer
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.training import tensor_files
@@ -77,10 +79,11 @@ def load_prompt(
       not finite.
   """
   found = load_trained(path, variable)
-  if len(found) != 1 or not isinstance(found[0].method, Prompt):
+  prompts = [one.plain() or one for one in found]
+  if len(found) != 1 or not isinstance(prompts[0].method, Prompt):
     names = ', '.join(one.method.collection for one in found)
     raise UserError(f'{path} holds {names}, a prompt alone is required')
-  return np.asarray(found[0].arrays['table']), dict(found[0].facts)
+  return np.asarray(prompts[0].arrays['table']), dict(prompts[0].facts)
 
 
 def load_trained(
@@ -109,6 +112,8 @@ def load_trained(
           named = str(error).replace(str(local), str(path))
           raise UserError(named) from error
   if adapters.is_peft(path):
+    if (found := peft_methods.load(path)) is not None:
+      return (found,)
     array, facts = adapters.load_peft(path)
     return (_prompt(array, facts, str(path)),)
   if t5x.is_checkpoint(path):
@@ -140,13 +145,20 @@ def _of_folder(path: epath.Path) -> tuple[Trained, ...]:
     files = [folder / f'{name}{tensor_files.ENDING}' for name in names]
     found = [file for file in files if file.is_file()]
     if found:
-      return tuple(_of_safetensors(file) for file in found)
+      read = [_of_safetensors(file) for file in found]
+      here = {one.method.collection for one in read}
+      return tuple(one for one in read if not _stands_for(one, here))
   if (path / NPY).is_file():
     return load_trained(path / NPY)
   raise UserError(
     f'no prompt in {path}: it needs {SAFETENSORS} or {NPY}; name the file, '
     'or the folder of an export or of a run'
   )
+
+
+def _stands_for(one: Trained, collections: Collection[str]) -> bool:
+  """Whether it is the plain form of a method that is there itself."""
+  return one.facts.get(trained_lib.PLAIN_OF) in collections
 
 
 def _of_safetensors(path: epath.Path) -> Trained:
@@ -190,6 +202,53 @@ def from_file(path: str | os.PathLike) -> Initializer:
     return jnp.asarray(table, jnp.float32)
 
   return init
+
+
+def source_prompts(paths: Sequence[str | os.PathLike]) -> Initializer:
+  """The prompts of several files as one table, for `Attempt.sources`.
+
+  Args:
+    paths: see `load_prompt`; files of one prompt each.
+
+  Returns:
+    An initialiser (see `methods.prompt`). It raises UserError where number,
+    length or embed are not what is needed.
+  """
+  tables = {path: load_prompt(path)[0] for path in paths}
+
+  def init(rng, shape, embedding, text):
+    del rng, embedding, text
+    number, *rows = shape
+    if len(tables) != number:
+      raise UserError(
+        f'source_prompts gives {len(tables)} prompts, {number} are wanted: bind'
+        f' Attempt.num_sources = {len(tables)}'
+      )
+    for path, table in tables.items():
+      if table.shape != (1, *rows):
+        raise UserError(
+          f'the source prompt {path} has shape {list(table.shape)},'
+          f' {[1, *rows]} is needed: give one of this length and model'
+        )
+    return jnp.asarray(np.concatenate(list(tables.values())), jnp.float32)
+
+  return init
+
+
+def multitask_source(
+  path: str | os.PathLike,
+) -> Callable[[], Mapping[str, Any]]:
+  """The arrays of a trained MultitaskPrompt, for `MultitaskPrompt.source`.
+
+  Args:
+    path: of a run, a file or a PEFT adapter (see `load_trained`).
+  """
+  found = load_trained(path)
+  for one in found:
+    if isinstance(one.method, MultitaskPrompt):
+      return lambda: one.arrays
+  names = ', '.join(one.method.collection for one in found)
+  raise UserError(f'{path} holds {names}, a multitask_prompt is required')
 
 
 def _prompt(array: Any, facts: Mapping[str, Any], source: str) -> Trained:
