@@ -105,6 +105,6 @@ def _refreshed(
   refreshed = dict(trainable)
   params = {**frozen, **trainable}.get(parameters.PARAMS, {})
   for method in model.methods:
-    arrays = trainable[method.collection]
-    refreshed[method.collection] = arrays | method.refreshed(arrays, params)
+    if arrays := trainable.get(method.collection):
+      refreshed[method.collection] = arrays | method.refreshed(arrays, params)
   return refreshed

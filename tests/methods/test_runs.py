@@ -354,7 +354,9 @@ def test_all_tasks_start_near_the_shared_prompt():
 
 
 def test_t5x_is_not_given_what_its_step_does_not_know():
-  for method in (HardPrompt(PROMPT), TiedPrompt(PROMPT), Attempt(PROMPT)):
+  for method in (HardPrompt(PROMPT), TiedPrompt(PROMPT)):
     with pytest.raises(UserError, match='train it with prompt-tuning train'):
       is_trained((method,))
-  assert is_trained((Lora(), Adapters(), MultitaskPrompt(TWO)))
+  selects = is_trained((Lora(), Adapters(), Attempt(PROMPT)))
+  assert selects('/attempt/table', None)
+  assert not selects('/attempt/sources', None)
