@@ -3,15 +3,12 @@
 `python -m prompt_tuning` is the same.
 """
 
-import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
-import inspect
 import json
 import os
-import signal
 import sys
 import tempfile
 import textwrap
@@ -22,6 +19,8 @@ from typing import Any
 import prompt_tuning
 from prompt_tuning import configuration
 from prompt_tuning import errors
+from prompt_tuning import exit_codes
+from prompt_tuning import file_commands
 from prompt_tuning import gin_files
 from prompt_tuning import studies
 from prompt_tuning.gin_files import ConfigurationError
@@ -297,55 +296,6 @@ def _saying(what: str) -> Iterator[None]:
     said.cancel()
 
 
-def _guarded(work: Callable[[], int], fault: int = 1) -> int:
-  """The exit code of some work, whose faults are one line each.
-
-  Args:
-    work: prints, and returns its exit code.
-    fault: the code for one of data, paths or shapes.
-  """
-  try:
-    with _stopped_by_a_signal():
-      code = work()
-      sys.stdout.flush()
-      return code
-  except BrokenPipeError:  # `| head` has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-  except (errors.UserError, OSError) as error:
-    # gin appends lines that name the configurable; ours is the first.
-    line = str(error).splitlines()[0].encode('utf-8', 'backslashreplace')
-    print(f'error: {line.decode()}', file=sys.stderr)
-    code = 2 if isinstance(error, ConfigurationError) else fault
-    return getattr(error, 'EXIT_CODE', code)
-  except KeyboardInterrupt:
-    print('error: interrupted', file=sys.stderr)
-    return 130
-
-
-@contextlib.contextmanager
-def _stopped_by_a_signal() -> Iterator[None]:
-  """Lets SIGTERM end the work as other faults do, and not in its middle.
-
-  What is written beside goes away, and a line says so. Training, which saves
-  first, has a handler of its own (`training.hosts.StopSignal`).
-  """
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-
-  def stop(number, frame):
-    raise errors.RestartError(
-      'stopped by SIGTERM; the same command starts again'
-    )
-
-  before = signal.signal(signal.SIGTERM, stop)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
 def _run(name: str, arguments: Sequence[str]) -> int:
   """The exit code of a command that gin configures, its result printed."""
 
@@ -355,7 +305,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
       print(json.dumps(result, default=float))
     return 0
 
-  return _guarded(work)
+  return exit_codes.guarded(work)
 
 
 def _configured(name: str, arguments: Sequence[str]) -> int:
@@ -375,96 +325,6 @@ def _configured(name: str, arguments: Sequence[str]) -> int:
     if code:
       hosts.leave(code)
     return code
-
-
-def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
-  """Writes a model or a prompt in another format.
-
-    prompt-tuning convert google/t5-v1_1-base out --to=t5x --step=1000000
-    prompt-tuning convert runs/bbc/prompt adapter --to=peft --base=hf_folder
-    prompt-tuning convert t5_1_1_mini hf_folder --to=hugging_face \\
-      --vocabulary=t5_1_1_mini
-    prompt-tuning convert t5_1_1_mini served --to=prompt_tokens \\
-      --prompt=runs/bbc/prompt --vocabulary=t5_1_1_mini
-    prompt-tuning convert prompt_a prompt_b table.npy --to=serving_table
-    prompt-tuning convert t5_1_1_mini merged --to=t5x --trained=runs/ia3
-    prompt-tuning convert runs/ia3 adapter --to=peft --base=hf_folder
-
-  Sources are whatever INITIAL_CHECKPOINT_PATH and PROMPT_FILE take. --trained
-  folds what can be folded (LoRA, IA3), a run's or a file's, into the model's
-  parameters.
-  """
-  from prompt_tuning.interop import conversion
-
-  add = parser.add_argument
-  add('sources', nargs='+', metavar='SOURCE', help='a model, or prompts')
-  add('output', metavar='OUTPUT', help='folder (or file) to write')
-  formats = (*conversion.MODEL_FORMATS, *conversion.PROMPT_FORMATS)
-  add('--to', required=True, choices=formats)
-  add('--prompt', help='for t5x and prompt_tokens: a prompt to put in')
-  add('--trained', help='what was trained on the model, to fold into it')
-  add('--base', help="for peft: the adapter's Hugging Face model")
-  add('--vocabulary', help='to write beside a Hugging Face model')
-  add('--step', type=int, help='of a model that does not say it')
-  add('--dtype', default='float32', choices=('float32', 'bfloat16'))
-  add('--overwrite', action='store_true', help='replace files of OUTPUT')
-  return conversion.convert(**vars(parser.parse_args(arguments)))
-
-
-def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
-  """Says what is in models and prompts of any format; compares prompts.
-
-    prompt-tuning inspect t5_1_1_mini
-    prompt-tuning inspect runs/bbc/prompt runs/other/prompt
-
-  Prints a summary with step and metadata; of several prompts also the cosine
-  of their rows.
-  """
-  from prompt_tuning.interop import conversion
-
-  parser.add_argument('paths', nargs='+', metavar='PATH')
-  parser.add_argument(
-    '--arrays',
-    action='store_true',
-    dest='all_arrays',
-    help='shape, type and norm of each array too',
-  )
-  return conversion.inspect(**vars(parser.parse_args(arguments)))
-
-
-def _diff(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
-  """Says how two models, or two prompts, differ, whatever their formats.
-
-    prompt-tuning diff t5_1_1_mini hf_folder
-
-  Exit code 0 where all values are equal, 1 where they differ, 2 for faults, as
-  diff's.
-  """
-  from prompt_tuning.interop import conversion
-
-  parser.add_argument('one')
-  parser.add_argument('other')
-  return conversion.differences(**vars(parser.parse_args(arguments)))
-
-
-_OF_FILES = {'convert': _convert, 'inspect': _inspect, 'diff': _diff}
-
-
-def _of_files(name: str, arguments: Sequence[str]) -> int:
-  """The exit code of a command that knows files alone, its lines printed."""
-  parser = argparse.ArgumentParser(
-    prog=f'prompt-tuning {name}',
-    description=inspect.cleandoc(_OF_FILES[name].__doc__),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-
-  def work() -> int:
-    lines = list(_OF_FILES[name](parser, arguments))
-    print(*lines, sep='\n', end='\n' if lines else '')
-    return int(name == 'diff' and bool(lines))
-
-  # Of diff 1 says that they differ.
-  return _guarded(work, fault=2 if name == 'diff' else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -535,12 +395,12 @@ def _main(arguments: Sequence[str]) -> int:
     return 0
   if command in CONFIGURED:
     return _configured(command, rest)
-  if command in _OF_FILES:
-    return _of_files(command, rest)
+  if command in file_commands.COMMANDS:
+    return file_commands.run(command, rest)
   if command == 'show':
     from prompt_tuning.data import show
 
-    return _guarded(lambda: show.main(rest))
+    return exit_codes.guarded(lambda: show.main(rest))
   if command == 'completion':
     print(_COMPLETION.format(' '.join([*COMMANDS, *gin_files.shipped()])))
     return 0

@@ -55,6 +55,8 @@ CONFIGURABLES = {
   'load_checkpoint': 'prompt_tuning.interop.base_checkpoints',
   'load_trained': 'prompt_tuning.interop.prompts',
   'from_file': 'prompt_tuning.interop.prompts',
+  'source_prompts': 'prompt_tuning.interop.prompts',
+  'multitask_source': 'prompt_tuning.interop.prompts',
   'study': 'prompt_tuning.study.study',
   'Grid': 'prompt_tuning.study.grid',
   **dict.fromkeys(

@@ -158,6 +158,7 @@ def test_each_binding_of_the_wiring_stands_once():
   assert choices == {
     'train.methods',  # of runs/ and methods/
     'train.learning_rate',  # of schedules/
+    'train.optimizer',  # of wiring/train, and a method that has its own
     'train.data',  # of wiring/train_task and wiring/train_arrays
     'Prompt.initializer',  # of prompts/
     'Prompt.reparametrization',  # of reparametrizations/

@@ -12,6 +12,7 @@ import typing
 from jaxtyping import Int
 import numpy as np
 
+from prompt_tuning.data import checking
 from prompt_tuning.data import task as task_lib
 from prompt_tuning.data.vocabularies import label_pieces
 from prompt_tuning.errors import UserError
@@ -52,7 +53,7 @@ def measure(
     {'inputs': [N], 'targets': [N]}, in tokens, EOS included, virtual tokens
     not.
   """
-  with task_lib.reading(task, split):
+  with checking.reading(task, split):
     dataset = task.get_dataset(
       sequence_length=None, split=split, shuffle=False, num_epochs=1
     )

@@ -5,7 +5,6 @@ a configuration naming a task costs nothing until its data is read.
 """
 
 from collections.abc import Mapping, Sequence
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -16,6 +15,7 @@ import sys
 import typing
 
 from prompt_tuning import files
+from prompt_tuning.data import checking
 from prompt_tuning.data import demonstrations as demonstrations_lib
 from prompt_tuning.data.demonstrations import Demonstrations
 from prompt_tuning.data.virtual_tokens import VirtualTokens
@@ -70,6 +70,9 @@ class Task:
       feature `prompt_index`.
     demonstrations: training examples that stand in front of every input; each
       task of a mixture has its own.
+    text_prompt: put in front of each example's inputs, with a space, before
+      they are read as pieces: a prompt in words, in demonstrations too. It
+      takes room of the length of the inputs.
   """
 
   name: str
@@ -80,6 +83,7 @@ class Task:
   target_sentinel: bool = False
   prompt_indices: Mapping[str, int] | None = None
   demonstrations: Demonstrations | None = None
+  text_prompt: str | None = None
   tfds_data_dir: str | None = None
   use_cached: bool = False
   cache_dirs: Sequence[str] = ()
@@ -170,22 +174,23 @@ class Task:
   def template(self) -> str | None:
     """Of its inputs out of a row's fields, where they are made by one."""
     template = TEMPLATES.get(self.name)
-    if template is None or self.demonstrations is None:
-      return template
+    if template is None:
+      return None
     prefix = self.prefix(self.name)
     return prefix.replace('{', '{{').replace('}', '}}') + template
 
   def prefix(self, name: str) -> str:
     """What stands in front of the inputs of it, or of a task of a mixture."""
+    words = f'{self.text_prompt} ' if self.text_prompt else ''
     if self.demonstrations is None:
-      return ''
+      return words
     import seqio
 
     plain = dataclasses.replace(self, demonstrations=None).seqio()
     (part,) = (p for p in seqio.get_subtasks(plain) if p.name == name)
-    with reading(part, 'train'):
+    with checking.reading(part, 'train'):
       pairs = demonstrations_lib.texts(part)
-    return self.demonstrations.prefix(pairs)
+    return self.demonstrations.prefix(pairs) + words
 
   def digest(self, split: str) -> str:
     """Another one for other examples of a split (see `sources.digest`)."""
@@ -196,7 +201,7 @@ class Task:
     digest = hashlib.sha256()
     for part in seqio.get_subtasks(self.seqio()):
       if split in part.splits:
-        with reading(part, split):
+        with checking.reading(part, split):
           found = sources.digest(part.source, split)
         digest.update(f'{part.name} {found}\n'.encode())
     return digest.hexdigest()[:16]
@@ -242,7 +247,7 @@ class Task:
         else dataclasses.replace(feature, vocabulary=replacement)
         for key, feature in task.output_features.items()
       }
-    for name in ('target_sentinel', 'demonstrations'):
+    for name in ('target_sentinel', 'demonstrations', 'text_prompt'):
       if getattr(self, name) and seqio.preprocessors.tokenize not in steps:
         raise UserError(
           f'{name} needs a task that tokenizes its text, {task.name} does not'
@@ -259,15 +264,14 @@ class Task:
         changes['postprocess_fn'] = postprocessors.WithoutSentinel(
           task.postprocessor
         )
-    if self.demonstrations is not None:
-      prefix = self.prefix(task.name)
+    if prefix := self.prefix(task.name):
 
-      def demonstrate(dataset):
+      def put_in_front(dataset):
         return dataset.map(
           lambda example: {**example, 'inputs': prefix + example['inputs']}
         )
 
-      steps.insert(steps.index(seqio.preprocessors.tokenize), demonstrate)
+      steps.insert(steps.index(seqio.preprocessors.tokenize), put_in_front)
     if self.prompt_indices is not None:
       if task.name not in self.prompt_indices:
         raise UserError(
@@ -323,7 +327,6 @@ class Task:
     """
     task = self.seqio()
     import seqio
-    import tensorflow as tf
 
     for name in ('inputs', 'targets'):
       if name not in task.output_features:
@@ -331,7 +334,7 @@ class Task:
           f'an encoder-decoder needs the features inputs and targets, task'
           f' {task.name} has {", ".join(task.output_features)}'
         )
-    with reading(task, split):
+    with checking.reading(task, split):
       size = task.output_features['inputs'].vocabulary.vocab_size
     if rows is not None and size > rows:
       raise UserError(
@@ -339,7 +342,7 @@ class Task:
         f' {rows} rows; give the vocabulary of the model'
       )
     for part in seqio.get_subtasks(task):
-      _require_tfds_data(part)
+      checking.require_tfds_data(part)
     if split not in task.splits:
       raise UserError(
         f'task {task.name} has no split {split!r}; '
@@ -349,29 +352,12 @@ class Task:
       if virtual_tokens is not None:
         virtual_tokens.ids(index)  # UserError where there is no such prompt
     if shuffled:
-      _require_shuffling(task)
+      checking.require_shuffling(task)
     for part in seqio.get_subtasks(task):
       if split not in part.splits:  # a mixture leaves such a task out
         continue
-      with reading(part, split):
-        first = part.get_dataset(
-          self.feature_lengths, split=split, shuffle=False, num_epochs=1
-        ).take(1)
-        # seqio repeats the data before it filters them: a task without
-        # examples would be an endless loop, not an end.
-        try:
-          examples = list(first.as_numpy_iterator())
-        except tf.errors.InvalidArgumentError as error:
-          raise UserError(
-            f'task {part.name}, split {split!r}: its preprocessors fail on the'
-            f' first example: {str(error).splitlines()[0]}'
-          ) from error
-        if not examples:
-          raise UserError(
-            f'task {part.name} has no examples in split {split!r}; look at its'
-            ' files and filters'
-          )
-      _require_vocabulary_of_cache(part, examples[0])
+      example = checking.first_example(part, split, self.feature_lengths)
+      checking.require_vocabulary_of_cache(part, example)
     return task
 
 
@@ -409,94 +395,6 @@ def register_tasks(modules: Sequence[str] = ()) -> None:
         f'modules names {module!r}, which fails when it is imported:'
         f' {type(error).__name__}: {error}'
       ) from error
-
-
-def _require_tfds_data(task: 'seqio.Task') -> None:
-  """Raises UserError where a TFDS data set is not on this machine."""
-  import seqio
-  import tensorflow_datasets as tfds
-
-  if not isinstance(task.source, seqio.TfdsDataSource):
-    return
-  name = task.source.tfds_dataset.name
-  try:
-    present = bool(task.source.tfds_dataset.info.splits)
-  except (tfds.core.DatasetNotFoundError, OSError, ValueError):
-    present = False
-  if not present:
-    folder = task.source.tfds_dataset.data_dir or tfds.core.constants.DATA_DIR
-    raise UserError(
-      f'task {task.name} reads the TFDS data set {name}, which is not in'
-      f' {folder} (--tfds_data_dir or TFDS_DATA_DIR). With internet: tfds build'
-      f' {name}. From raw files: scripts/prepare_data.py --data_sets'
-      f' {name.partition(":")[0]} --local_data_dir RAW --tfds_data_dir'
-      f' {folder}, or read them as they are by LOCAL_DATA_DIR'
-    )
-
-
-def _require_vocabulary_of_cache(task: 'seqio.Task', example) -> None:
-  """Raises UserError where cached ids are not this vocabulary's.
-
-  Looked at where the cache keeps the text and nothing but EOS comes after it.
-  """
-  import seqio
-
-  from prompt_tuning.data import sources
-
-  after = (seqio.preprocessors.append_eos_after_trim,)
-  is_cached = isinstance(task.source, sources.CachedSource)
-  if not is_cached or tuple(task.preprocessors) != after:
-    return
-  for name, feature in task.output_features.items():
-    text = example.get(f'{name}_pretokenized')
-    if text is None:
-      continue
-    ids = feature.vocabulary.encode(text.decode())
-    found = example[name].tolist()
-    size = min(len(ids), len(found) - 2)  # a sentinel before, EOS behind
-    if ids[:size] not in (found[:size], found[1 : size + 1]):
-      raise UserError(
-        f'task {task.name} was cached with another vocabulary than the'
-        " model's; cache it with the model's, or say USE_CACHED_TASKS=False"
-      )
-
-
-def _require_shuffling(task: 'seqio.Task | seqio.Mixture') -> None:
-  """Raises UserError if a task was registered with shuffling forbidden."""
-  import seqio
-
-  for part in seqio.get_subtasks(task):
-    if not (
-      part.shuffle_buffer_size or part.source.performs_internal_shuffling
-    ):
-      raise UserError(
-        f'task {part.name} was registered with shuffle_buffer_size=None, which'
-        ' forbids shuffling; set shuffle=False, or num_examples=None where it'
-        ' is evaluated'
-      )
-
-
-@contextlib.contextmanager
-def reading(task: 'seqio.Task | seqio.Mixture', split: str):
-  """Makes a file that cannot be read a fault of the input, in one line."""
-  import tensorflow as tf
-
-  # Looked up before the body runs: a stream that is dropped when Python exits
-  # ends in here when modules are gone.
-  unreadable = (
-    OSError,
-    tf.errors.NotFoundError,
-    tf.errors.PermissionDeniedError,
-    tf.errors.DataLossError,
-  )
-  try:
-    yield
-  except unreadable as error:
-    first_line = str(error).strip().split('\n')[0]
-    raise UserError(
-      f'task {task.name}, split {split!r}: the data cannot be read: '
-      f'{first_line}'
-    ) from error
 
 
 def class_labels(task: 'seqio.Task | seqio.Mixture') -> list[str] | None:

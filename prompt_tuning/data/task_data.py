@@ -10,9 +10,9 @@ import dataclasses
 from jaxtyping import Int
 import numpy as np
 
+from prompt_tuning.data import checking
 from prompt_tuning.data.task import Task
 from prompt_tuning.data.task import import_seqio
-from prompt_tuning.data.task import reading
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
 
@@ -133,7 +133,7 @@ class TaskData:
     for index in np.unique(wanted // share).tolist():
       if num_shards > 1:
         options['shard_info'] = seqio.ShardInfo(index, num_shards)
-      with reading(task, self.split):
+      with checking.reading(task, self.split):
         dataset = task.get_dataset(**options)
         if not self.pack:
           dataset = dataset.skip(start * share)
@@ -147,7 +147,7 @@ class TaskData:
     return self._read(parts, task, num_shards)
 
   def _read(self, parts, task, num_shards):
-    with reading(task, self.split):
+    with checking.reading(task, self.split):
       for batches in zip(*(part.as_numpy_iterator() for part, _ in parts)):
         yield {
           name: np.concatenate(

@@ -14,7 +14,6 @@ nothing. Ours are written with twice the decoder's layers, the odd ones empty.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-import json
 import os
 import pathlib
 from typing import Any
@@ -29,6 +28,7 @@ from prompt_tuning.interop import hugging_face
 from prompt_tuning.interop.hugging_face_writing import write_json
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models.network import T5Config
@@ -37,7 +37,7 @@ from prompt_tuning.training.trained import Trained
 
 ADAPTER_CONFIG = 'adapter_config.json'
 ADAPTER = 'adapter_model.safetensors'
-_EMBEDDINGS = 'prompt_embeddings'
+EMBEDDINGS = 'prompt_embeddings'
 
 
 def is_peft(folder: str | os.PathLike) -> bool:
@@ -45,118 +45,11 @@ def is_peft(folder: str | os.PathLike) -> bool:
   return (pathlib.Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def load_peft(folder: str | os.PathLike) -> Trained:
-  """What a PEFT adapter of prompt tuning, P-tuning or prefix tuning trained.
-
-  Args:
-    folder: with `adapter_config.json` and `adapter_model.safetensors`; a
-      `.bin` file is not read, since it may run code.
-
-  Returns:
-    It, with the adapter's base model among its facts.
-
-  Raises:
-    UserError: another kind of adapter, or a damaged file.
-  """
-  folder = pathlib.Path(folder)
-  file = folder / ADAPTER_CONFIG
-  with faults.reading(file, 'no PEFT configuration (peft_type)'):
-    config = json.loads(file.read_text('utf-8'))
-    kind = str(config['peft_type'])
-  if kind not in _READERS:
-    raise UserError(
-      f'{folder} is a PEFT adapter of type {kind}; read are '
-      f'{", ".join(_READERS)}'
-    )
-  if not (folder / ADAPTER).is_file():
-    raise UserError(
-      f'{folder} has no {ADAPTER}; save the adapter again with '
-      'safe_serialization=True'
-    )
-  with faults.reading(folder):
-    stored = np.asarray(tensor_files.read(folder / ADAPTER)[0][_EMBEDDINGS])
-    method, arrays = _READERS[kind](folder, config, stored)
-    bad = int((~np.isfinite(np.asarray(stored, np.float32))).sum())
-  if bad:
-    raise UserError(
-      f'{folder} has {bad} values that are not finite; save an earlier one'
-    )
-  facts = {
-    'base': config.get('base_model_name_or_path'),
-    'format': f'peft {kind}',
-  }
-  return Trained(
-    method, arrays, {k: v for k, v in facts.items() if v is not None}
-  )
-
-
-def _prompt_in(
-  folder: pathlib.Path, config: Mapping[str, Any], stored: np.ndarray
-) -> tuple[Prompt, dict[str, Any]]:
-  """The rows that the encoder gets."""
-  length = _size(config, 'num_virtual_tokens')
-  submodules = config.get('num_transformer_submodules') or 2
-  if stored.ndim != 2 or len(stored) not in (length, length * submodules):
-    raise UserError(
-      f'{folder / ADAPTER} has shape {list(stored.shape)}, the configuration '
-      f'says {length} virtual tokens and {submodules} submodules'
-    )
-  return Prompt.from_file({'prompt': stored[:length]}, {}, {})
-
-
-def _prefix_in(
-  folder: pathlib.Path, config: Mapping[str, Any], stored: np.ndarray
-) -> tuple[Prefix, dict[str, Any]]:
-  """The keys and values that each layer of a T5's decoder gets."""
-  sizes = ('num_virtual_tokens', 'num_layers', 'token_dim')
-  length, layers, size = (_size(config, name) for name in sizes)
-  if (config.get('num_transformer_submodules') or 2) != 2:
-    raise UserError(
-      f'{folder} has num_transformer_submodules 1, with which PEFT puts the'
-      " decoder's own keys into its cross-attention too; nothing here acts so"
-    )
-  if stored.shape != (length, layers * 2 * size):
-    raise UserError(
-      f'{folder / ADAPTER} has shape {list(stored.shape)}, the configuration '
-      f'says {length} virtual tokens, {layers} layers and token_dim {size}'
-    )
-  pairs = stored.astype(np.float32).reshape(length, layers, 2, size)
-  arrays = {}
-  for i in range(_decoder_layers(config, pairs)):
-    place = f'decoder/layers_{i}/self_attention'
-    keys, values = np.moveaxis(pairs[:, 2 * i % layers], 1, 0)
-    arrays |= {f'{place}/keys': keys, f'{place}/values': values}
-  return Prefix(length, ('decoder',)), arrays
-
-
-def _decoder_layers(
-  config: Mapping[str, Any], pairs: Float[np.ndarray, 'P L 2 N']
-) -> int:
-  """Of the adapter's base: as its configuration says if it is a folder here."""
-  layers = pairs.shape[1]
-  base = pathlib.Path(str(config.get('base_model_name_or_path')), 'config.json')
-  if base.is_file():
-    stated = json.loads(base.read_text('utf-8'))
-    wanted = int(stated.get('num_decoder_layers') or stated['num_layers'])
-    if wanted > layers:
-      raise ValueError(f'{layers} layers for a decoder of {wanted}')
-    return wanted
-  written_here = layers % 2 == 0 and not pairs[:, 1::2].any()
-  return layers // 2 if written_here else layers
-
-
-def _size(config: Mapping[str, Any], name: str) -> int:
-  value = config[name]
-  if not isinstance(value, int) or value < 1:
-    raise ValueError(f'{name} is {value!r}')
-  return value
-
-
-_READERS = {
-  'PROMPT_TUNING': _prompt_in,
-  'P_TUNING': _prompt_in,
-  'PREFIX_TUNING': _prefix_in,
-}
+def with_adapter(trained: Trained) -> Trained:
+  """It, or the plain prompt where PEFT has an adapter for that alone."""
+  if type(trained.method) in _ADAPTERS:
+    return trained
+  return trained.as_prompt() or trained
 
 
 def save_peft(
@@ -166,7 +59,8 @@ def save_peft(
 
   Args:
     folder: created if need be.
-    trained: a prompt, LoRA, IA3, or a prefix of the decoder.
+    trained: a prompt, LoRA, IA3, a multitask prompt, or a prefix of the
+      decoder.
     base: the Hugging Face model it belongs to, a path or an id.
     config: the base's network.
 
@@ -205,7 +99,7 @@ def _of_prompt(
       'PEFT puts a prompt in front of the text, this one stands as '
       f'{method.placement}'
     )
-  return {_EMBEDDINGS: table}, {
+  return {EMBEDDINGS: table}, {
     'num_attention_heads': config.num_heads,
     'num_layers': config.num_encoder_layers,
     'num_transformer_submodules': 1,
@@ -275,7 +169,7 @@ def _of_prefix(
     for k, name in enumerate(('keys', 'values')):
       array = arrays[f'decoder/layers_{i}/self_attention/{name}']
       pairs[:, 2 * i, k] = np.asarray(array)
-  return {_EMBEDDINGS: pairs.reshape(method.length, -1)}, {
+  return {EMBEDDINGS: pairs.reshape(method.length, -1)}, {
     'encoder_hidden_size': None,
     'num_attention_heads': config.num_heads,
     'num_layers': layers,
@@ -287,11 +181,33 @@ def _of_prefix(
   }
 
 
+def _of_multitask_prompt(
+  method: MultitaskPrompt, arrays: Mapping[str, Any], config: T5Config
+) -> tuple[dict, dict]:
+  """With one submodule: PEFT's forward would give the decoder rows too."""
+  # Its placement is checked as a plain prompt's.
+  prompt, plain = method.as_prompt(arrays)
+  facts = _of_prompt(prompt, {'table': plain['table'][:1]}, config)[1]
+  return {
+    EMBEDDINGS: arrays['shared'],
+    'prefix_task_cols': arrays['columns'],
+    'prefix_task_rows': arrays['rows'],
+  }, {
+    **facts,
+    'num_ranks': method.rank,
+    'num_tasks': method.prompt.num_prompts,
+    'peft_type': 'MULTITASK_PROMPT_TUNING',
+    'prompt_tuning_init_state_dict_path': None,
+    'prompt_tuning_init_task': 0,
+  }
+
+
 _ADAPTERS = {
   Prompt: _of_prompt,
   Lora: _of_lora,
   IA3: _of_ia3,
   Prefix: _of_prefix,
+  MultitaskPrompt: _of_multitask_prompt,
 }
 
 

@@ -8,6 +8,7 @@ import pathlib
 import re
 from typing import Any
 
+from etils import epath
 import numpy as np
 
 from prompt_tuning import files
@@ -18,13 +19,15 @@ from prompt_tuning.interop import base_checkpoints
 from prompt_tuning.interop import hugging_face_writing
 from prompt_tuning.interop import prompts
 from prompt_tuning.interop import t5x
+from prompt_tuning.interop import transfer
+from prompt_tuning.methods import nearest_pieces
 from prompt_tuning.models import parameters
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import UnknownStepError
 from prompt_tuning.training.trained import Trained
 
 MODEL_FORMATS = ('safetensors', 't5x', 'hugging_face', 'prompt_tokens')
-PROMPT_FORMATS = ('numpy', 'peft', 'serving_table')
+PROMPT_FORMATS = ('numpy', 'peft', 'serving_table', 'recycled')
 
 
 def convert(
@@ -35,6 +38,8 @@ def convert(
   prompt: str | None = None,
   trained: str | None = None,
   base: str | None = None,
+  old_base: str | None = None,
+  recycler: str = 'linear',
   vocabulary: str | None = None,
   step: int | None = None,
   dtype: str = 'float32',
@@ -50,13 +55,17 @@ def convert(
     to: of a model: 'safetensors' (this package's), 't5x' (with `prompt` folded
       in), 'hugging_face', 'prompt_tokens' (a Hugging Face model with `prompt`
       in its vocabulary). Of a prompt: 'numpy' (.npy and .safetensors), 'peft'
-      (needs `base`; of LoRA, IA3 and a decoder's prefix too), 'serving_table'
-      (TensorRT-LLM).
+      (needs `base`; of LoRA, IA3, a decoder's prefix and a multitask prompt
+      too), 'serving_table' (TensorRT-LLM), 'recycled' (mapped to another model,
+      `base`; see `transfer.recycled`).
     prompt: for 't5x' and 'prompt_tokens'.
     trained: of a model's formats: a run, file or folder of what methods trained
-      on it (LoRA, IA3), which is folded into its parameters.
-    base: the model that a PEFT adapter belongs to.
-    vocabulary: written beside a Hugging Face model.
+      on it (LoRA, IA3, norm scales), which is folded into its parameters.
+    base: the model that a PEFT adapter or a recycled prompt belongs to.
+    old_base: of a prompt to recycle; None: the one that it names.
+    recycler: 'linear' or 'mlp'.
+    vocabulary: written beside a Hugging Face model; of a prompt to recycle both
+      models', whose words it is fitted on (None: all pieces).
     step: of a model that does not say it.
     dtype: of a model's parameters, 'float32' or 'bfloat16'.
     overwrite: files that are there may be replaced. A T5X folder gets a
@@ -84,6 +93,9 @@ def convert(
   if to in PROMPT_FORMATS:
     if trained is not None:
       raise UserError(f'{to} is made of one source; leave --trained away')
+    if to == 'recycled':
+      named = (base, old_base, recycler, vocabulary)
+      return [str(f) for f in _recycle(sources[0], output, *named)]
     return [str(f) for f in _convert_prompt(sources, output, to, base)]
   try:
     model = base_checkpoints.load_checkpoint(sources[0], step)
@@ -144,7 +156,50 @@ def _convert_prompt(sources, output, to, base) -> list[pathlib.Path]:
     raise UserError('peft needs --base, the Hugging Face model it belongs to')
   model = base_checkpoints.open_checkpoint(base)
   _check_base(found[0], model, sources[0])
-  return adapters.save_peft(output, found[0], base=base, config=model.config())
+  one = adapters.with_adapter(found[0])
+  return adapters.save_peft(output, one, base=base, config=model.config())
+
+
+def _recycle(
+  source: str,
+  output: str | os.PathLike,
+  base: str | None,
+  old_base: str | None,
+  recycler: str,
+  vocabulary: str | None,
+) -> list[epath.Path]:
+  """Writes a prompt for another model than the one that it was trained on."""
+  table, facts = prompts.load_prompt(source)
+  old_base = old_base or facts.get('base')
+  if base is None or not old_base:
+    raise UserError(
+      'recycled needs --base, the new model, and --old_base, that of the prompt'
+    )
+  models = [base_checkpoints.open_checkpoint(name) for name in (old_base, base)]
+  wanted = facts.get('base_fingerprint')
+  if wanted not in (None, models[0].fingerprint()):
+    raise UserError(
+      f'{source} was trained on another model than {old_base} (fingerprint'
+      f' {wanted}): give --old_base'
+    )
+  old, new = (
+    np.asarray(model.arrays['token_embedder/embedding'], np.float32)
+    for model in models
+  )
+  words = None
+  if vocabulary is not None:
+    words = nearest_pieces.word_pieces(vocabulary)(min(len(old), len(new)))
+  mapped = transfer.recycled(table, old, new, recycler, words)
+  facts |= {
+    'base': base,
+    'base_fingerprint': models[1].fingerprint(),
+    'recycled_from': old_base,
+    'recycler': recycler,
+  }
+  # They are of the old model's answers.
+  for name in ('metric', 'metric_value'):
+    facts.pop(name, None)
+  return prompts.save_prompt(output, mapped, facts)
 
 
 def _rows(source: str, embed: int | None = None) -> np.ndarray:
@@ -174,7 +229,7 @@ def _folded(base: BaseCheckpoint, source: str) -> BaseCheckpoint:
     if folded is None:
       raise UserError(
         f'no plain T5 acts as one with the {name} of {source}; --trained folds'
-        ' what can be folded (LoRA, IA3), --prompt takes a prompt'
+        ' what can be folded (LoRA, IA3, norm scales), --prompt takes a prompt'
       )
     params = folded
   return dataclasses.replace(base, arrays=params)
@@ -216,7 +271,13 @@ def open_any(path: str) -> tuple[str, dict, dict]:
   return 'model', dict(base.arrays), facts
 
 
-def inspect(paths: Sequence[str], all_arrays: bool = False) -> Iterator[str]:
+def inspect(
+  paths: Sequence[str],
+  all_arrays: bool = False,
+  text: str | None = None,
+  base: str | None = None,
+  vocabulary: str | None = None,
+) -> Iterator[str]:
   """Lines on what files hold: a summary, metadata, norms.
 
   Several prompts are compared as well, row by row and as a whole.
@@ -225,6 +286,10 @@ def inspect(paths: Sequence[str], all_arrays: bool = False) -> Iterator[str]:
     paths: of models and of what methods trained.
     all_arrays: shape, type and norm of each array too; of up to eight they
       are told anyway.
+    text: reads prompts as text, of the nearest 'pieces' or 'words' of the
+      vocabulary; None does not.
+    base: of prompts that are read; None: the one that they name.
+    vocabulary: likewise.
   """
   tables = {}
   for path in paths:
@@ -238,9 +303,15 @@ def inspect(paths: Sequence[str], all_arrays: bool = False) -> Iterator[str]:
     for name, value in sorted(facts.items()):
       if value is not None:
         yield f'  {name}: {value}'
+    table = _table(path, kind, arrays)
+    if table is not None:
+      tables[path] = table
+      yield from _prompt_lines(table)
+      if text is not None:
+        facts |= {'base': base} if base else {}
+        facts |= {'vocabulary': vocabulary} if vocabulary else {}
+        yield from _text_lines(table, path, facts, text)
     if kind == 'prompt':
-      tables[path] = arrays['table']
-      yield from _prompt_lines(arrays['table'])
       continue
     if len(arrays) > _FEW and not all_arrays:
       yield '  (--arrays: shape, type and norm of each)'
@@ -256,6 +327,7 @@ def inspect(paths: Sequence[str], all_arrays: bool = False) -> Iterator[str]:
   for i, one in enumerate(names):
     for other in names[i + 1 :]:
       yield from _compared(one, tables[one], other, tables[other])
+  yield from _sources(tables)
 
 
 # So many arrays are told one by one.
@@ -264,6 +336,59 @@ _FEW = 8
 
 def _natural(name: str) -> list:
   return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', name)]
+
+
+def _table(path: str, kind: str, arrays: dict) -> np.ndarray | None:
+  """The table of a prompt, or of what acts as one."""
+  if kind == 'prompt':
+    return np.asarray(arrays['table'])
+  if kind == 'model' or ' and ' in kind:
+    return None
+  (found,) = prompts.load_trained(path)
+  prompt = found.as_prompt()
+  return None if prompt is None else prompt.arrays['table']
+
+
+def _text_lines(
+  table: np.ndarray, path: str, facts: dict, text: str
+) -> Iterator[str]:
+  """A prompt as text, with the cosines and distances of its pieces."""
+  for name, flag in (('base', '--base'), ('vocabulary', '--vocabulary')):
+    if not facts.get(name):
+      raise UserError(
+        f'{path} does not name its {name}; --text needs {flag} to read it'
+      )
+  model = base_checkpoints.open_checkpoint(facts['base'])
+  embedding = np.asarray(model.arrays['token_embedder/embedding'], np.float32)
+  if table.shape[2] != embedding.shape[1]:
+    raise UserError(
+      f'{path} has embed {table.shape[2]}, {facts["base"]} has'
+      f' {embedding.shape[1]}: give the base that it was trained on'
+    )
+  rule = {
+    'pieces': nearest_pieces.written_pieces,
+    'words': nearest_pieces.word_pieces,
+  }[text]
+  readings = nearest_pieces.read_as_text(
+    table,
+    embedding,
+    load_vocabulary(facts['vocabulary']),
+    rule(facts['vocabulary']),
+  )
+  for number, (rows, reading) in enumerate(zip(table, readings)):
+    near = embedding[np.asarray(reading.ids)]
+    distances = np.linalg.norm(rows - near, axis=-1)
+    yield f'  prompt {number} as text: {reading}'
+    yield (
+      f'    cosine with its {text} {_cosines(rows, near).mean():.3f} in the'
+      f' mean, squared distance {np.mean(distances**2):.4g}'
+    )
+
+
+def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """Of rows with rows."""
+  norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+  return np.sum(one * other, axis=-1) / np.maximum(norms, 1e-30)
 
 
 def _prompt_lines(table: np.ndarray) -> Iterator[str]:
@@ -281,6 +406,25 @@ def _prompt_lines(table: np.ndarray) -> Iterator[str]:
     )
 
 
+def _sources(tables: dict[str, np.ndarray]) -> Iterator[str]:
+  """Which of the other prompts each task's is most similar to (SPoT)."""
+  rows = {
+    f'{path}{f" prompt {k}" if len(table) > 1 else ""}': table[k]
+    for path, table in tables.items()
+    for k in range(len(table))
+  }
+  if len({one.shape[1] for one in rows.values()}) != 1 or len(rows) < 2:
+    return
+  for name, one in rows.items():
+    others = {other: rows[other] for other in rows if other != name}
+    (nearest, by_rows), *_ = transfer.by_similarity(one, others)
+    by_pairs = transfer.similarity(one, others[nearest], 'pairs')
+    yield (
+      f'{name}: the nearest source is {nearest}, cosine of mean rows'
+      f' {by_rows:.3f}, mean cosine of all pairs {by_pairs:.3f}'
+    )
+
+
 def _compared(one, first, other, second) -> Iterator[str]:
   if first.shape != second.shape:
     yield (
@@ -288,9 +432,7 @@ def _compared(one, first, other, second) -> Iterator[str]:
       f'{list(second.shape)} are not comparable'
     )
     return
-  dot = np.sum(first * second, axis=-1)
-  norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-  cosines = dot / np.maximum(norms, 1e-30)
+  cosines = _cosines(first, second)
   distance = float(np.linalg.norm(first - second))
   yield (
     f'{one} and {other}: cosine of rows {cosines.min():.3f} to '

@@ -6,7 +6,7 @@ several; the .npy file is what public prompts come as, the other one also says
 which base model the prompt belongs to. Nothing is ever unpickled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 import os
 import pathlib
@@ -24,7 +24,9 @@ from prompt_tuning import methods as methods_lib
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
 from prompt_tuning.interop import faults
+from prompt_tuning.interop import peft_methods
 from prompt_tuning.interop import t5x
+from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning.methods.prompt import Initializer
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.training import tensor_files
@@ -77,11 +79,18 @@ def load_prompt(
     UserError: there is no such file, or it is damaged, of another shape, or
       not finite.
   """
+  prompt = _as_prompt(path, variable)
+  return np.asarray(prompt.arrays['table']), dict(prompt.facts)
+
+
+def _as_prompt(path: str | os.PathLike, variable: str) -> Trained:
+  """The prompt, plain or made so, that a file or folder holds alone."""
   found = load_trained(path, variable)
-  if len(found) != 1 or not isinstance(found[0].method, Prompt):
+  prompts = [one.as_prompt() or one for one in found]
+  if len(found) != 1 or not isinstance(prompts[0].method, Prompt):
     names = ', '.join(one.method.collection for one in found)
     raise UserError(f'{path} holds {names}, a prompt alone is required')
-  return np.asarray(found[0].arrays['table']), dict(found[0].facts)
+  return prompts[0]
 
 
 def load_trained(
@@ -113,7 +122,7 @@ def load_trained(
           named = str(error).replace(str(local), str(path))
           raise UserError(named) from error
   if adapters.is_peft(path):
-    return (adapters.load_peft(path),)
+    return (peft_methods.load(path),)
   if t5x.is_checkpoint(path):
     array, step = t5x.read_array(path, variable), t5x.open_checkpoint(path).step
     return (_prompt(array, {'step': step, 'format': 't5x'}, str(path)),)
@@ -138,12 +147,7 @@ def _table(paths: Sequence[str], variable: str) -> Trained:
   """Several prompts as one table; its facts are those that they share."""
   if not paths:
     raise UserError('PROMPT_FILE is an empty list; name prompts')
-  found = []
-  for path in paths:
-    one = load_trained(path, variable)
-    if len(one) != 1 or not isinstance(one[0].method, Prompt):
-      raise UserError(f'{path} holds more than a prompt, or none')
-    found += one
+  found = [_as_prompt(path, variable) for path in paths]
   first = found[0]
   for path, one in zip(paths, found):
     for name in ('length', 'placement'):
@@ -178,13 +182,20 @@ def _of_folder(path: epath.Path) -> tuple[Trained, ...]:
     files = [folder / f'{name}{tensor_files.ENDING}' for name in names]
     found = [file for file in files if file.is_file()]
     if found:
-      return tuple(_of_safetensors(file) for file in found)
+      read = [_of_safetensors(file) for file in found]
+      here = {one.method.collection for one in read}
+      return tuple(one for one in read if not _stands_for(one, here))
   if (path / NPY).is_file():
     return load_trained(path / NPY)
   raise UserError(
     f'no prompt in {path}: it needs {SAFETENSORS} or {NPY}; name the file, '
     'or the folder of an export or of a run'
   )
+
+
+def _stands_for(one: Trained, collections: Collection[str]) -> bool:
+  """Whether it is the plain form of a method that is there itself."""
+  return one.facts.get(trained_lib.PLAIN_OF) in collections
 
 
 def _of_safetensors(path: epath.Path) -> Trained:
@@ -228,6 +239,53 @@ def from_file(path: str | os.PathLike) -> Initializer:
     return jnp.asarray(table, jnp.float32)
 
   return init
+
+
+def source_prompts(paths: Sequence[str | os.PathLike]) -> Initializer:
+  """The prompts of several files as one table, for `Attempt.sources`.
+
+  Args:
+    paths: see `load_prompt`; files of one prompt each.
+
+  Returns:
+    An initialiser (see `methods.prompt`). It raises UserError where number,
+    length or embed are not what is needed.
+  """
+  tables = {path: load_prompt(path)[0] for path in paths}
+
+  def init(rng, shape, embedding, text):
+    del rng, embedding, text
+    number, *rows = shape
+    if len(tables) != number:
+      raise UserError(
+        f'source_prompts gives {len(tables)} prompts, {number} are wanted: bind'
+        f' Attempt.num_sources = {len(tables)}'
+      )
+    for path, table in tables.items():
+      if table.shape != (1, *rows):
+        raise UserError(
+          f'the source prompt {path} has shape {list(table.shape)},'
+          f' {[1, *rows]} is needed: give one of this length and model'
+        )
+    return jnp.asarray(np.concatenate(list(tables.values())), jnp.float32)
+
+  return init
+
+
+def multitask_source(
+  path: str | os.PathLike,
+) -> Callable[[], Mapping[str, Any]]:
+  """The arrays of a trained MultitaskPrompt, for `MultitaskPrompt.source`.
+
+  Args:
+    path: of a run, a file or a PEFT adapter (see `load_trained`).
+  """
+  found = load_trained(path)
+  for one in found:
+    if isinstance(one.method, MultitaskPrompt):
+      return lambda: one.arrays
+  names = ', '.join(one.method.collection for one in found)
+  raise UserError(f'{path} holds {names}, a multitask_prompt is required')
 
 
 def _prompt(array: Any, facts: Mapping[str, Any], source: str) -> Trained:

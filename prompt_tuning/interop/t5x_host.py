@@ -23,6 +23,7 @@ import numpy as np
 from prompt_tuning import files
 from prompt_tuning.data.task import Task
 from prompt_tuning.data.vocabularies import load_vocabulary
+from prompt_tuning.errors import UserError
 from prompt_tuning.interop import t5x
 from prompt_tuning.interop import t5x_network
 from prompt_tuning.interop.t5x_network import Network as Network
@@ -44,9 +45,19 @@ NUMPY_FOLDER = 'numpy_checkpoints'
 def is_trained(methods: Sequence[Method]) -> Callable[[str, Any], bool]:
   """Tells which parameters are trained, for T5X's MultiOptimizer.
 
-  A function for `ModelParamTraversal.filter_fn`: those of methods which are
-  not frozen, and T5's own if ModelTuning is one of them.
+  A function for `ModelParamTraversal.filter_fn`: those of methods whose rate is
+  not 0, and T5's own if ModelTuning is one of them.
+
+  Raises:
+    UserError: a method needs more of a train step than T5X's does.
   """
+  for method in methods:
+    for name in ('penalty', 'refreshed'):
+      if getattr(type(method), name) is not getattr(Method, name):
+        raise UserError(
+          f"{method.collection} needs a train step with its {name}, which T5X's"
+          ' has not; train it with prompt-tuning train'
+        )
 
   def select(path: str, value: Any) -> bool:
     del value
@@ -251,12 +262,13 @@ def _write(
     arrays[within] = _local(array).astype(np.float32)
     if path == t5x.PROMPT:
       arrays[within] = arrays[within].reshape(-1, *array.shape[-2:])
-  if isinstance(method, Prompt):
-    method, arrays = method.plain(arrays)
-    ((_, table),) = method.to_file(arrays)[0].items()
+  trained = trained_lib.Trained(*method.plain(arrays), facts)
+  prompt = trained.as_prompt() or trained
+  if isinstance(prompt.method, Prompt):
+    ((_, table),) = prompt.method.to_file(prompt.arrays)[0].items()
     with files.replacing(folder / t5x.PROMPT.replace('/', '.'), 'wb') as file:
       np.save(file, table, allow_pickle=False)
-  trained_lib.save_trained(folder, trained_lib.Trained(method, arrays, facts))
+  trained_lib.save_trained(folder, trained)
 
 
 def _local(array: Any) -> np.ndarray:

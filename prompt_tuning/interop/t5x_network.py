@@ -44,6 +44,7 @@ class _Call:
   encoder_input_tokens: jax.Array
   args: tuple[Any, ...]
   settings: dict[str, Any]
+  encoder_segment_ids: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,8 @@ class Network:
     call = (method or self.__call__)(*args, **settings)
     others = {k: v for k, v in variables.items() if k != parameters.PARAMS}
     variables = self.variables(variables[parameters.PARAMS]) | others
-    with at_work(self.methods, call.encoder_input_tokens):
+    inputs, segments = call.encoder_input_tokens, call.encoder_segment_ids
+    with at_work(self.methods, inputs, segments):
       result = network.Transformer(self.config).apply(
         variables,
         *call.args,
@@ -200,6 +202,7 @@ class Network:
         decoder_segment_ids,
       ),
       {'enable_dropout': enable_dropout},
+      encoder_segment_ids,
     )
 
   def encode(
@@ -215,6 +218,7 @@ class Network:
       encoder_input_tokens,
       (encoder_input_tokens, encoder_segment_ids),
       {'enable_dropout': enable_dropout},
+      encoder_segment_ids,
     )
 
   def decode(

@@ -20,8 +20,11 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+from jaxtyping import Float
 
 from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.data.vocabularies import ByteVocabulary
+from prompt_tuning.data.vocabularies import Vocabulary
 from prompt_tuning.models import parameters
 from prompt_tuning.models.network import T5Config
 
@@ -86,7 +89,10 @@ class Method:
     return jax.tree_util.tree_map_with_path(whole, arrays)
 
   def rate(self, path: str) -> float:
-    """What an array's learning rate is of the run's; 0: it never changes."""
+    """What an array's learning rate is of the run's.
+
+    Where it is 0, no optimiser touches the array; `refreshed` may change it.
+    """
     del path
     return self.learning_rate_scale
 
@@ -99,10 +105,36 @@ class Method:
     """How it acts in the network, on this batch.
 
     Args:
-      batch: has `encoder_input_tokens` [B, T].
+      batch: has `encoder_input_tokens` [B, T] and, of packed examples,
+        `encoder_segment_ids` [B, T].
     """
     del batch
     return None
+
+  def penalty(
+    self, arrays: Mapping[str, Any], params: Mapping[str, Any]
+  ) -> Float[jax.Array, ''] | None:
+    """What is added to the loss of a step; logged as 'penalty'.
+
+    Once a step, whatever the size of the batch and the number of its parts:
+    its weight counts against a loss that `loss_normalizing_factor` divides.
+
+    Args:
+      arrays: its own.
+      params: T5's.
+    """
+    del arrays, params
+    return None
+
+  def refreshed(
+    self, arrays: Mapping[str, Any], params: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """New values of arrays of rate 0, by name, after an update of the others.
+
+    Args: as `penalty`'s.
+    """
+    del arrays, params
+    return {}
 
   def fold(
     self, params: Mapping[str, Any], arrays: Mapping[str, Any]
@@ -130,6 +162,29 @@ class Method:
       arrays: by path, layers unrolled; they may still be on disk.
     """
     return self, arrays
+
+  def as_prompt(
+    self, arrays: Mapping[str, Any]
+  ) -> tuple['Method', dict[str, Any]] | None:
+    """A plain prompt (`prompt.Prompt`) that acts alike, and its arrays.
+
+    Its file is written beside this method's own, for other readers.
+
+    Args:
+      arrays: as `plain` gave them.
+
+    Returns:
+      None: no plain prompt acts like it, or it is one itself.
+    """
+    del arrays
+    return None
+
+  def in_words(
+    self, arrays: Mapping[str, Any], vocabulary: Vocabulary | ByteVocabulary
+  ) -> dict[str, str]:
+    """What its arrays say to people, by name; its file has it as facts."""
+    del arrays, vocabulary
+    return {}
 
   def settings(self) -> dict[str, Any]:
     """Those settings that its arrays need to act again, as plain values."""

@@ -43,17 +43,23 @@ def _on_device(batch: Batch) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def at_work(
-  methods: Sequence[ActsOnNetwork], inputs: Int[Array, 'B T']
+  methods: Sequence[ActsOnNetwork],
+  inputs: Int[Array, 'B T'],
+  segments: Int[Array, 'B T'] | None = None,
 ) -> Iterator[None]:
   """Methods act on what is called of the network in here; the first innermost.
 
   Args:
     methods: which.
     inputs: ids of the encoder.
+    segments: number of each position's packed example; None: they are not.
   """
+  batch = {'encoder_input_tokens': inputs}
+  if segments is not None:
+    batch['encoder_segment_ids'] = segments
   with contextlib.ExitStack() as stack:
     for method in methods:
-      interceptor = method.intercept({'encoder_input_tokens': inputs})
+      interceptor = method.intercept(batch)
       if interceptor is not None:
         stack.enter_context(nn.intercept_methods(interceptor))
     yield
@@ -95,10 +101,15 @@ class EncoderDecoderModel:
     return self.module.init(rng, ids, ids, ids)[parameters.PARAMS]
 
   def _apply(
-    self, variables: Variables, inputs: Int[Array, 'B T'], *args, **kwargs
+    self,
+    variables: Variables,
+    inputs: Int[Array, 'B T'],
+    *args,
+    segments: Int[Array, 'B T'] | None = None,
+    **kwargs,
   ) -> Any:
     """The network, its methods at work."""
-    with at_work(self.methods, inputs):
+    with at_work(self.methods, inputs, segments):
       return self.module.apply(variables, *args, **kwargs)
 
   def logits(
@@ -115,6 +126,7 @@ class EncoderDecoderModel:
       batch['decoder_target_tokens'],
       batch.get('encoder_segment_ids'),
       batch.get('decoder_segment_ids'),
+      segments=batch.get('encoder_segment_ids'),
       enable_dropout=dropout_rng is not None,
       rngs=None if dropout_rng is None else {'dropout': dropout_rng},
     )

@@ -14,7 +14,7 @@ from prompt_tuning.models import network
 from prompt_tuning.models.network import T5Config
 from prompt_tuning.models.parameters import flatten
 
-_PLAIN = (bool, int, float, str, list, tuple)
+_PLAIN = (bool, int, float, str, tuple)
 
 
 def parameters(settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def parameters(settings: Mapping[str, Any]) -> tuple[int, int]:
   trained = added = 0
   for reference in settings['train.methods']:
     kind = methods_lib.configurables().get(reference.strip('@()'))
-    if kind is None:
+    if kind not in methods_lib.by_collection().values():
       raise UserError(f'parameters are not known of the method {reference}')
     method = _made(kind, settings)
     arrays = _shapes(method, shapes)
@@ -53,19 +53,22 @@ def _shapes(method: Method, params: Any) -> Any:
 
 
 def _made(kind: type, settings: Mapping[str, Any]) -> Any:
-  """An object with those of its settings that are plain values."""
-  given = {
-    field.name: settings[f'{kind.__name__}.{field.name}']
-    for field in dataclasses.fields(kind)
-    if isinstance(settings.get(f'{kind.__name__}.{field.name}'), _PLAIN)
-  }
-  return kind(
-    **{
-      name: tuple(value) if isinstance(value, list) else value
-      for name, value in given.items()
-      if not str(value).startswith('@')
-    }
-  )
+  """An object with those of its settings that sizes can depend on.
+
+  They are plain values, and objects made of such: '@Prompt()'.
+  """
+  given = {}
+  for field in dataclasses.fields(kind):
+    value = settings.get(f'{kind.__name__}.{field.name}')
+    if isinstance(value, str) and value.startswith('@'):
+      part = methods_lib.configurables().get(value.strip('@()'))
+      if dataclasses.is_dataclass(part):
+        given[field.name] = _made(part, settings)
+    elif isinstance(value, list):
+      given[field.name] = tuple(value)
+    elif isinstance(value, _PLAIN):
+      given[field.name] = value
+  return kind(**given)
 
 
 def _count(tree: Any) -> int:

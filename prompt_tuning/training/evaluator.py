@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from prompt_tuning import files
+from prompt_tuning.data import checking
 from prompt_tuning.data import task as task_lib
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
@@ -127,7 +128,7 @@ class Evaluator:
     with (
       _quiet(),
       _registered(provider),
-      task_lib.reading(provider, evaluation.split),
+      checking.reading(provider, evaluation.split),
     ):
       self._seqio = seqio.Evaluator(
         provider.name,

@@ -267,6 +267,8 @@ def summary(
     'trained_norm',
   )
   values = {name: float(metrics[name]) for name in kept}
+  if metrics['penalty']:
+    values['penalty'] = float(metrics['penalty'])
   return per_token(metrics) | values | rates
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
+from prompt_tuning.models import parameters
 from prompt_tuning.models.model import Batch
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training.train_state import TrainState
@@ -36,14 +37,18 @@ def train_step(
       without dropout the number of parts changes nothing but rounding.
 
   Returns:
-    The new state, and the sums of `model.loss_fn` with norms.
+    The new state, and the sums of `model.loss_fn` with norms and what methods
+    add to the loss ('penalty').
   """
   rng = jax.random.fold_in(rng, state.step)
   use_dropout = model.config.dropout_rate > 0
 
   def loss_fn(trainable, part, weights, rng):
     variables = {**frozen, **trainable}
-    return model.loss_fn(variables, part, rng if use_dropout else None, weights)
+    rng = rng if use_dropout else None
+    loss, sums = model.loss_fn(variables, part, rng, weights)
+    penalty = _penalty(model, variables) / microbatches  # once a step
+    return loss + penalty, {**sums, 'penalty': penalty}
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   whole = (batch, model.token_weights(batch))
@@ -69,6 +74,7 @@ def train_step(
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
+  trainable = _refreshed(model, frozen, trainable)
   metrics = {
     **sums,
     'gradient_norm': optax.tree.norm(grads),
@@ -76,3 +82,29 @@ def train_step(
     'trained_norm': optax.tree.norm(trainable),
   }
   return TrainState(state.step + 1, trainable, opt_state), metrics
+
+
+def _penalty(
+  model: EncoderDecoderModel, variables: Mapping[str, dict]
+) -> Float[Array, '']:
+  """What the methods add to the loss."""
+  total = jnp.zeros((), jnp.float32)
+  for method in model.methods:
+    params = variables[parameters.PARAMS]
+    penalty = method.penalty(variables[method.collection], params)
+    total += 0.0 if penalty is None else penalty
+  return total
+
+
+def _refreshed(
+  model: EncoderDecoderModel,
+  frozen: Mapping[str, dict],
+  trainable: Mapping[str, dict],
+) -> dict[str, dict]:
+  """The arrays after an update, with those that methods make of the others."""
+  refreshed = dict(trainable)
+  params = {**frozen, **trainable}.get(parameters.PARAMS, {})
+  for method in model.methods:
+    if arrays := trainable.get(method.collection):
+      refreshed[method.collection] = arrays | method.refreshed(arrays, params)
+  return refreshed

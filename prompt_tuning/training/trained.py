@@ -20,6 +20,7 @@ import numpy as np
 import prompt_tuning
 from prompt_tuning import files
 from prompt_tuning import methods as methods_lib
+from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import Method
 from prompt_tuning.models import parameters
@@ -41,6 +42,8 @@ _KINDS = {
   'labels': json.loads,
   'target_sentinel': lambda text: text == 'True',
 }
+# A fact of a plain prompt's file: the method whose file stands beside it.
+PLAIN_OF = 'plain_of'
 # What a checkpoint remembers of its run that a file repeats.
 _OF_RUN = ('base', 'base_fingerprint', 'task', 'seed')
 
@@ -63,6 +66,14 @@ class Trained:
   def is_base(self) -> bool:
     """Whether it takes the place of T5's own parameters."""
     return self.method.collection == parameters.PARAMS
+
+  def as_prompt(self) -> 'Trained | None':
+    """The plain prompt that acts alike, of one that is computed."""
+    found = self.method.as_prompt(self.arrays)
+    if found is None:
+      return None
+    facts = {**self.facts, PLAIN_OF: self.method.collection}
+    return Trained(*found, facts)
 
   def as_base(self) -> BaseCheckpoint:
     """It, as the parameters of T5."""
@@ -94,7 +105,7 @@ def save_trained(
     dtype: of T5's own parameters; other methods' arrays stay float32.
 
   Returns:
-    The paths of the files.
+    The paths of the files, those of `Method.as_prompt` included.
 
   Raises:
     UserError: they cannot be written.
@@ -102,6 +113,7 @@ def save_trained(
   folder = files.place(folder)
   arrays = parameters.unrolled(trained.arrays, layers_axis(trained.method))
   method, arrays = trained.method.plain(arrays)
+  trained = dataclasses.replace(trained, method=method, arrays=arrays)
   arrays, facts = method.to_file(arrays)
   if trained.is_base:
     if '://' in os.fspath(folder):
@@ -115,6 +127,7 @@ def save_trained(
       'method': method.collection,
       'settings': json.dumps(method.settings()),
       'digest': _digest(arrays),
+      **_in_words(trained),
       **facts,
     }
   facts = {
@@ -141,7 +154,22 @@ def save_trained(
         ' free the disk or choose another folder'
       ) from error
     written.insert(0, folder / f'{stem(method)}.npy')
+  if prompt := trained.as_prompt():
+    facts = {**prompt.facts, **_in_words(trained)}
+    written += save_trained(folder, dataclasses.replace(prompt, facts=facts))
   return written
+
+
+def _in_words(trained: Trained) -> dict[str, str]:
+  """What its arrays say to people, if its vocabulary is known and at hand."""
+  name = trained.facts.get('vocabulary')
+  if not isinstance(name, str):
+    return {}
+  try:
+    vocabulary = load_vocabulary(name)
+  except UserError:
+    return {}
+  return trained.method.in_words(trained.arrays, vocabulary)
 
 
 def _digest(arrays: Mapping[str, Any]) -> str:

@@ -14,6 +14,8 @@ from prompt_tuning.data import pretraining
 from prompt_tuning.data import registration
 from prompt_tuning.data import sources
 from prompt_tuning.data import task as task_lib
+from prompt_tuning.data.templates import Template
+from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 
 
@@ -271,6 +273,32 @@ def test_target_sentinel_goes_before_targets_and_from_predictions():
   assert next(dataset.as_numpy_iterator())['targets'][0] == 8191
   for text in ('<extra_id_0> entailment', 'entailment'):
     assert task.postprocess_fn(text, is_target=False) == 0
+
+
+def test_a_prompt_in_words_goes_before_the_inputs():
+  words = 'Is {this} so?'
+  task = get_task(
+    'taskless_glue_rte_v002',
+    vocabulary='t5_1_1_mini',
+    text_prompt=words,
+    target_sentinel=True,
+  )
+  dataset = tf.data.Dataset.from_tensors({'inputs': 'a b', 'targets': 'c'})
+  steps = list(task.preprocessors)
+  at = steps.index(seqio.preprocessors.tokenize)
+  dataset = steps[at - 1](dataset)
+  for step in steps[at : at + 2]:
+    dataset = step(dataset, output_features=task.output_features)
+  found = next(dataset.as_numpy_iterator())
+  encode = load_vocabulary('t5_1_1_mini').encode
+  assert found['inputs'].tolist() == encode('Is {this} so? a b')
+  assert found['targets'][0] == 8191
+  # Inference fills the same template.
+  lengths = {'inputs': 64, 'targets': 4}
+  facts = task_lib.Task('bbc_topics', lengths, text_prompt=words).facts()
+  assert Template(facts['template']).fill({'title': 'T', 'body': 'B'}, 'x') == (
+    'Is {this} so? article: T. B'
+  )
 
 
 # Metrics by hand.

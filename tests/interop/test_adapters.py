@@ -12,15 +12,19 @@ import pytest
 import safetensors.numpy
 
 from prompt_tuning import cli
+from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.interop.prompts import load_trained
 from prompt_tuning.interop.prompts import save_prompt
+from prompt_tuning.methods.hard_prompt import HardPrompt
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
 from prompt_tuning.methods.method import ANY_TEXT
+from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
+from prompt_tuning.methods.norm_scales import NormScales
 from prompt_tuning.methods.per_layer import PerLayerPrompt
 from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
@@ -84,8 +88,8 @@ def test_other_adapters_and_shapes_are_refused(tmp_path, table):
   save_peft(tmp_path, table)
   adapter(tmp_path, num_virtual_tokens=4)
   refused(tmp_path, 'shape [5, 192]', '4 virtual tokens')
-  adapter(tmp_path, peft_type='LORA')
-  refused(tmp_path, 'type LORA', 'PREFIX_TUNING')
+  adapter(tmp_path, peft_type='ADALORA')
+  refused(tmp_path, 'type ADALORA', 'PREFIX_TUNING, LORA')
   (tmp_path / 'adapter_config.json').write_text('{}')
   refused(tmp_path, 'adapter_config.json', 'peft_type')
   save_peft(tmp_path, table)
@@ -318,8 +322,8 @@ def test_methods_that_do_not_fit_are_one_line(tmp_path, capsys):
   folding, adapter = said(PerLayerPrompt(3))
   assert 'no plain T5 acts as one with the per_layer' in folding
   assert (
-    'peft has an adapter for prompt, lora, ia3, prefix, got per_layer'
-    in adapter
+    'peft has an adapter for prompt, lora, ia3, prefix, multitask_prompt, got'
+    ' per_layer' in adapter
   )
   for message in said(LORA, base_fingerprint='0' * 16):
     assert 'was trained on t5_1_1_mini (fingerprint 0000' in message
@@ -493,3 +497,119 @@ def test_logits_equal_those_of_peft(shared_dir, name):
   }
   logits = model.logits(variables, batch)
   np.testing.assert_allclose(logits, data['logits'], atol=1e-4)
+
+
+# PEFT's adapters in.
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    LORA,
+    IA3(outputs=('key', 'query'), inputs=('wo',)),
+    MultitaskPrompt(Prompt(3, 2), rank=2),
+  ],
+  ids=['lora', 'ia3', 'multitask_prompt'],
+)
+def test_a_methods_adapter_comes_back(tmp_path, method):
+  arrays = save_method(tmp_path / 'ours', method)
+  _, config = peft_of(tmp_path, tmp_path / 'ours')
+  (found,) = load_trained(tmp_path / 'peft')
+  assert found.method.collection == method.collection
+  assert found.facts['format'] == f'peft {config["peft_type"]}'
+  assert found.arrays.keys() == arrays.keys()
+  for path, array in arrays.items():
+    np.testing.assert_array_equal(found.arrays[path], array)
+  if method is LORA:
+    assert (found.method.rank, found.method.alpha) == (2, 3.0)
+    assert set(found.method.targets) == set(LORA.targets)
+  elif isinstance(method, IA3):
+    assert found.method.outputs == ('key', 'query')
+    assert found.method.inputs == ('wo',)
+  else:
+    assert config['num_transformer_submodules'] == 1
+    assert (config['num_tasks'], config['num_ranks']) == (2, 2)
+    assert found.method.prompt.num_prompts == 2
+
+
+def test_of_two_submodules_the_encoders_rows_are_read(tmp_path):
+  method = MultitaskPrompt(Prompt(3, 2))
+  arrays = save_method(tmp_path / 'ours', method)
+  stored, _ = peft_of(tmp_path, tmp_path / 'ours')
+  for name, axis in (('prompt_embeddings', 0), ('prefix_task_cols', 1)):
+    stored[name] = np.concatenate([stored[name], stored[name] + 1], axis)
+  safetensors.numpy.save_file(
+    stored, tmp_path / 'peft/adapter_model.safetensors'
+  )
+  adapter(tmp_path / 'peft', num_transformer_submodules=2)
+  (found,) = load_trained(tmp_path / 'peft')
+  for path, array in arrays.items():
+    np.testing.assert_array_equal(found.arrays[path], array)
+
+
+def test_lora_of_ranks_square_root_is_scaled_alike(tmp_path):
+  save_method(tmp_path / 'ours', LORA)
+  peft_of(tmp_path, tmp_path / 'ours')
+  adapter(tmp_path / 'peft', use_rslora=True)
+  method = load_trained(tmp_path / 'peft')[0].method
+  assert method.alpha / method.rank == pytest.approx(3.0 / 2**0.5)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'use_dora': True}, 'has use_dora True'),
+    ({'bias': 'all'}, "has bias 'all'"),
+    ({'rank_pattern': {'q': 4}}, "has rank_pattern {'q': 4}"),
+    ({'r': None}, 'cannot read'),
+  ],
+)
+def test_what_lora_here_is_not_is_refused(tmp_path, change, message):
+  save_method(tmp_path / 'ours', LORA)
+  peft_of(tmp_path, tmp_path / 'ours')
+  adapter(tmp_path / 'peft', **change)
+  with pytest.raises(UserError) as fault:
+    load_trained(tmp_path / 'peft')
+  assert message in str(fault.value) and '\n' not in str(fault.value)
+
+
+def test_a_computed_prompt_is_a_plain_one_for_others(tmp_path, capsys):
+  """peft, numpy, serving_table and inspect take what acts like it."""
+  source = tmp_path / 'hard'
+  arrays = save_method(source, HardPrompt(Prompt(3)), vocabulary='t5_1_1_mini')
+  stored, config = peft_of(tmp_path, source)
+  assert config['peft_type'] == 'PROMPT_TUNING'
+  np.testing.assert_array_equal(stored['prompt_embeddings'], arrays['rows'][0])
+  table = tmp_path / 'table.npy'
+  assert run('convert', source, table, '--to=serving_table') == 0
+  np.testing.assert_array_equal(np.load(table), arrays['rows'])
+
+
+def test_inspect_reads_prompts_as_text(tmp_path, capsys):
+  embedding = load_checkpoint('t5_1_1_mini').arrays['token_embedder/embedding']
+  ids = load_vocabulary('t5_1_1_mini').encode('Name the topic')
+  facts = {'base': 't5_1_1_mini', 'vocabulary': 't5_1_1_mini'}
+  save_prompt(tmp_path / 'a', np.asarray(embedding, 'f')[ids] + 0.01, facts)
+  save_prompt(tmp_path / 'b', np.asarray(embedding, 'f')[ids], {})
+  assert run('inspect', tmp_path / 'a', '--text=words') == 0
+  out = capsys.readouterr().out
+  assert "prompt 0 as text: 'Name the topic' (all 3 pieces come back)" in out
+  assert f'squared distance {192 * 1e-4:.4g}' in out
+  assert run('inspect', tmp_path / 'b', '--text') == 1
+  assert '--text needs --base' in capsys.readouterr().err
+  named = ('--base=t5_1_1_mini', '--vocabulary=t5_1_1_mini')
+  assert run('inspect', tmp_path / 'b', '--text', *named) == 0
+  assert "'Name the topic'" in capsys.readouterr().out
+
+
+def test_norm_scales_fold(tmp_path):
+  save_method(tmp_path / 'ours', NormScales())
+  trained = f'--trained={tmp_path / "ours"}'
+  words = ['t5_1_1_mini', tmp_path / 'folded', '--to=safetensors', trained]
+  assert run('convert', *words) == 0
+  base = load_checkpoint('t5_1_1_mini')
+  expected = logits_of(base, *load_trained(tmp_path / 'ours'))
+  bound = 1e-5 * np.abs(expected).max()
+  assert np.abs(logits_of(base) - expected).max() > 100 * bound
+  folded = logits_of(load_checkpoint(tmp_path / 'folded'))
+  np.testing.assert_allclose(folded, expected, atol=bound)

@@ -4,7 +4,8 @@ Written from the papers and not from the package, so that both can be compared.
 Parameters come by T5X's paths. `Lora`, `IA3` and deep prompts are what their
 papers say they are: an update of a kernel's product, scales of projections, and
 rows put in front of the sequence at every layer; a prefix puts keys and values
-in front of those of an attention.
+in front of those of an attention, a prompt rows in front of the inputs'
+embeddings; adapters stand behind sublayers, offsets beside scales.
 """
 
 import math
@@ -22,6 +23,9 @@ def logits(
   ia3=None,
   per_layer=None,
   prefix=None,
+  prompt=None,
+  adapters=None,
+  norm_scales=None,
 ):
   """float64 logits [L, V] of one example's targets.
 
@@ -35,8 +39,14 @@ def logits(
     ia3: arrays by path.
     per_layer: {'encoder/layers_0/rows': [P, E], ...}.
     prefix: {'encoder/layers_0/attention/keys': [P, N*D], ...}.
+    prompt: [P, E].
+    adapters: (arrays by path, nonlinearity).
+    norm_scales: {'encoder/encoder_norm/offset': [E], ...}.
   """
   t5 = _T5(params, config, lora, ia3, per_layer or {}, prefix or {})
+  t5.prompt = np.zeros((0, config.emb_dim)) if prompt is None else prompt
+  t5.adapters, t5.activation = adapters or ({}, None)
+  t5.offsets = norm_scales or {}
   return t5.logits(inputs, targets)
 
 
@@ -53,6 +63,7 @@ class _T5:
     table = self.params['token_embedder/embedding']
     x = np.asarray(inputs)
     x = table[x] if x.ndim == 1 else x.astype(np.float64)
+    x = np.concatenate([self.prompt, x])
     front = self._front('encoder', 0)
     x = np.concatenate([np.zeros_like(front), x])
     bias = self._bias('encoder', len(x), bidirectional=True)
@@ -86,7 +97,19 @@ class _T5:
 
   def _norm(self, at, x):
     rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-    return x / rms * self.params[f'{at}/scale']
+    return (
+      x
+      / rms
+      * (self.params[f'{at}/scale'] + self.offsets.get(f'{at}/offset', 0))
+    )
+
+  def _adapted(self, at, y):
+    if f'{at}/down' not in self.adapters:
+      return y
+    names = ('down', 'down_bias', 'up', 'up_bias')
+    found = (np.asarray(self.adapters[f'{at}/{n}'], np.float64) for n in names)
+    down, down_bias, up, up_bias = found
+    return y + self.activation(y @ down + down_bias) @ up + up_bias
 
   def _project(self, at, x):
     scale = self.ia3.get(f'{at}/scale')
@@ -120,14 +143,14 @@ class _T5:
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     mixed = (weights @ v).swapaxes(0, 1).reshape(len(queries), -1)
-    return self._project(f'{at}/out', mixed)
+    return self._adapted(at, self._project(f'{at}/out', mixed))
 
   def _mlp(self, at, x):
     gate = self._project(f'{at}/mlp/wi_0', x)
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     gate = 0.5 * gate * (1 + np.tanh(inner))
     hidden = gate * self._project(f'{at}/mlp/wi_1', x)
-    return self._project(f'{at}/mlp/wo', hidden)
+    return self._adapted(f'{at}/mlp', self._project(f'{at}/mlp/wo', hidden))
 
   def _bias(self, stack, length, bidirectional):
     table = self.params[f'{stack}/relpos_bias/rel_embedding']

@@ -10,18 +10,25 @@ import numpy as np
 import pytest
 
 from prompt_tuning import methods
+from prompt_tuning.data.vocabularies import ByteVocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop.t5x_network import Network
+from prompt_tuning.methods.adapters import Adapters
+from prompt_tuning.methods.attempt import Attempt
 from prompt_tuning.methods.dept import ADePT
 from prompt_tuning.methods.dept import DePT
+from prompt_tuning.methods.hard_prompt import HardPrompt
 from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
 from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.model_tuning import ModelTuning
+from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
+from prompt_tuning.methods.norm_scales import NormScales
 from prompt_tuning.methods.per_layer import PerLayerPrompt
 from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.methods.tied_prompt import TiedPrompt
 from prompt_tuning.models import decoding
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
@@ -49,7 +56,20 @@ METHODS = {
   'prefix': Prefix(3, ('encoder', 'decoder', 'cross')),
   'dept': DePT(3, 2, inputs_length=7),
   'adept': ADePT(3, 2),
+  'norm_scales': NormScales(),
+  'adapters': Adapters(
+    3, ('attention', 'encoder_decoder_attention', 'mlp'), 'relu'
+  ),
 }
+# Their tables are computed, and in no layer.
+COMPUTED = {
+  'hard_prompt': HardPrompt(Prompt(3)),
+  'tied_prompt': TiedPrompt(Prompt(3), 'two'),
+  'multitask_prompt': MultitaskPrompt(Prompt(3, 2), rank=2),
+  'attempt': Attempt(Prompt(3, 2), num_sources=2, size=4),
+}
+IN_LAYERS = ['lora', 'ia3', 'per_layer', 'prefix', 'norm_scales', 'adapters']
+FOLDING = ['lora', 'ia3', 'norm_scales']
 TEXTS = ([5, 6, 7, 8, 9, 1], [9, 30, 1])
 TARGETS = ([11, 12, 1], [13, 1])
 
@@ -63,7 +83,8 @@ def params():
 @functools.cache
 def arrays_of(name):
   """Arrays that are not those of the start, by path, layers unrolled."""
-  start = METHODS[name].init(jax.random.key(1), params(), ANY_TEXT)
+  method = (METHODS | COMPUTED)[name]
+  start = method.init(jax.random.key(1), params(), ANY_TEXT)
   rng = np.random.default_rng(2)
   return {
     path: np.asarray(array) + 0.3 * rng.normal(size=array.shape).astype('f')
@@ -109,12 +130,14 @@ def logits_of(name, scan=False):
   return np.asarray(jax.jit(model.logits)(variables, batch_of(METHODS[name])))
 
 
-@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer', 'prefix'])
+@pytest.mark.parametrize('name', IN_LAYERS)
 def test_a_method_does_what_its_paper_says(name):
   arrays = arrays_of(name)
   acting = {name: arrays}
   if name == 'lora':
     acting = {'lora': (arrays, 3.0 / 2)}
+  if name == 'adapters':
+    acting = {'adapters': (arrays, lambda x: np.maximum(x, 0))}
   flat = parameters.flatten(params())
   plain = EncoderDecoderModel(CONFIG).logits(
     {'params': params()}, batch_of(Lora())
@@ -193,7 +216,7 @@ def test_scanned_layers_act_as_unrolled_ones(name):
   )
 
 
-@pytest.mark.parametrize('name', ['lora', 'ia3'])
+@pytest.mark.parametrize('name', FOLDING)
 def test_a_folded_model_is_a_plain_t5_that_acts_alike(name):
   flat = {k: np.asarray(v) for k, v in parameters.flatten(params()).items()}
   folded = METHODS[name].fold(flat, arrays_of(name))
@@ -204,12 +227,12 @@ def test_a_folded_model_is_a_plain_t5_that_acts_alike(name):
   np.testing.assert_allclose(got, logits_of(name), atol=2e-5)
 
 
-def test_virtual_tokens_and_deep_prompts_fold_into_no_plain_t5():
-  for name in ('prompt', 'per_layer', 'prefix', 'dept', 'adept'):
-    assert METHODS[name].fold({}, arrays_of(name)) is None
+def test_what_no_plain_t5_acts_like_does_not_fold():
+  for name in {**METHODS, **COMPUTED}.keys() - set(FOLDING):
+    assert (METHODS | COMPUTED)[name].fold({}, arrays_of(name)) is None
 
 
-@pytest.mark.parametrize('name', ['lora', 'ia3', 'per_layer', 'prefix'])
+@pytest.mark.parametrize('name', IN_LAYERS)
 def test_decoding_with_a_cache_sees_what_training_sees(name):
   """The likeliest next token at each position, one step at a time or all."""
   model, variables = model_of(name)
@@ -230,11 +253,11 @@ def test_decoding_with_a_cache_sees_what_training_sees(name):
 
 
 def test_a_method_starts_from_the_frozen_model():
-  """LoRA and IA3 change nothing before they are trained."""
+  """None of these changes anything before it is trained."""
   plain = EncoderDecoderModel(CONFIG).logits(
     {'params': params()}, batch_of(Lora())
   )
-  for method in (Lora(2), IA3()):
+  for method in (Lora(2), IA3(), NormScales(), Adapters(3)):
     start = method.init(jax.random.key(1), params(), ANY_TEXT)
     model = EncoderDecoderModel(CONFIG, methods=(method,))
     variables = {'params': params(), method.collection: start}
@@ -242,13 +265,14 @@ def test_a_method_starts_from_the_frozen_model():
     np.testing.assert_array_equal(got, plain)
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', [*METHODS, *COMPUTED])
 def test_shapes_are_known_without_weights(name):
   """Of a scanned network too; stacked axes are named 'layers'."""
+  method = (METHODS | COMPUTED)[name]
   for scan in (False, True):
     config = dataclasses.replace(CONFIG, scan_layers=scan)
     shapes = network.parameter_shapes(config)
-    init = functools.partial(METHODS[name].init, text=ANY_TEXT)
+    init = functools.partial(method.init, text=ANY_TEXT)
     found = jax.eval_shape(init, jax.random.key(0), shapes)
     wanted = arrays_of(name)
     if scan:
@@ -257,21 +281,22 @@ def test_shapes_are_known_without_weights(name):
     assert {k: v.shape for k, v in found.items()} == {
       k: v.shape for k, v in wanted.items()
     }
-    axes = parameters.flatten(METHODS[name].axes(parameters.nest(found)))
+    axes = parameters.flatten(method.axes(parameters.nest(found)))
     for path, names in axes.items():
       assert len(names) == len(found[path].shape)
       assert ('layers' in names) == parameters.is_scanned(path)
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', [*METHODS, *COMPUTED])
 def test_t5x_has_a_place_for_every_array(name):
   """And gives them back as the network's collections."""
-  method = METHODS[name]
+  method = (METHODS | COMPUTED)[name]
   if name in ('dept', 'adept'):
     with pytest.raises(UserError, match="T5X's optimiser has one learning rat"):
       jax.eval_shape(Network(CONFIG, (method,)).init, jax.random.key(0))
     method = dataclasses.replace(method, update_rate=1.0)
-  module = Network(CONFIG, (method,))
+  vocabulary = ByteVocabulary()
+  module = Network(CONFIG, (method,), vocabulary=vocabulary)
   made = jax.eval_shape(module.init, jax.random.key(0))
   ours = jax.eval_shape(module.variables, made['params'])
   shapes = {k: v.shape for k, v in parameters.flatten(ours[name]).items()}
@@ -283,7 +308,10 @@ def test_t5x_has_a_place_for_every_array(name):
 def test_a_file_in_the_folder_is_a_method():
   """Nothing else names them: not gin's names, not the files' reader."""
   found = methods.by_collection()
-  assert {type(m) for m in METHODS.values()} <= set(found.values())
+  known = {**METHODS, **COMPUTED}
+  assert {name: found[name] for name in known} == {
+    name: type(method) for name, method in known.items()
+  }
   assert found['params'] is ModelTuning
   assert methods.of_collection('no such') is None
   assert {'Prompt', 'class_labels', 'Lora'} <= set(methods.configurables())
