@@ -403,7 +403,7 @@ def build_optimizer(
       scaled = schedule * rate
     return optimizer_fn(learning_rate=scaled, **more)
 
-  rates = {path: float(rate) for path, rate in (rates or {}).items()}
+  rates = rates or {}
   for path, rate in rates.items():
     if not 0 <= rate < math.inf:
       raise UserError(

@@ -363,7 +363,7 @@ def test_arrays_have_rates_of_their_own_and_rate_0_changes_nothing():
   """By hand for SGD on a falling rate; weight decay follows each rate."""
   arrays = {'prompt': {'table': jnp.ones(3)}, 'lora': {'a': jnp.ones(3)}}
   arrays['lora']['held'] = jnp.ones(3)
-  rates = {'prompt/table': 1, 'lora/a': 0.5, 'lora/held': 0}
+  rates = {'prompt/table': 1.0, 'lora/a': 0.5, 'lora/held': 0.0}
   fn = functools.partial(optax.chain, optax.add_decayed_weights(0.1))
   optimizer = lambda learning_rate: fn(optax.sgd(learning_rate))
   falling = lambda step: 0.4 - 0.1 * jnp.float32(step)
