@@ -65,6 +65,11 @@ class Prefix(Method):
         f'Prefix.attentions must be some of {", ".join(ATTENTIONS)}, got'
         f' {list(self.attentions)}'
       )
+    if self.length < 1 or self.hidden < 0:
+      raise UserError(
+        'Prefix.length must be 1 or more and Prefix.hidden 0 or more, got'
+        f' {self.length} and {self.hidden}'
+      )
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     arrays: dict[str, jax.Array] = {}
