@@ -44,6 +44,12 @@ class _Decomposed(Method):
     default_factory=sampled_vocabulary
   )
 
+  def __post_init__(self):
+    if self.rank < 1:
+      raise UserError(
+        f'{type(self).__name__}.rank must be 1 or more, got {self.rank}'
+      )
+
   def init(
     self, rng: jax.Array, params: Any, text: TaskText
   ) -> dict[str, Float[Array, '*_']]:

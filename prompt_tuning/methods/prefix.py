@@ -65,6 +65,11 @@ class Prefix(Method):
         f'Prefix.attentions must be some of {", ".join(ATTENTIONS)}, got'
         f' {list(self.attentions)}'
       )
+    if self.length < 1 or self.hidden < 0:
+      raise UserError(
+        'Prefix.length must be 1 or more and Prefix.hidden 0 or more, got'
+        f' {self.length} and {self.hidden}'
+      )
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     arrays: dict[str, jax.Array] = {}
@@ -169,8 +174,10 @@ def _attend_with(own, attend, query, key, value, mask, bias, **kwargs):
   """Attention with a layer's own keys and values in front."""
 
   def in_front(name, x):  # x [B, S, N, D]
-    rows = own[name].astype(x.dtype).reshape(1, -1, *x.shape[2:])
-    return jnp.concatenate([jnp.repeat(rows, len(x), axis=0), x], axis=1)
+    rows = own[name].reshape(1, -1, *x.shape[2:])
+    # For each example in float32, since their gradients are summed.
+    rows = jnp.repeat(rows, len(x), axis=0).astype(x.dtype)
+    return jnp.concatenate([rows, x], axis=1)
 
   if mask is not None:
     before = ((0, 0), (0, 0), (0, 0), (len(own['keys']), 0))

@@ -102,6 +102,8 @@ class Residual(Reparametrization):
     embedding: Float[Array, 'V E'],
   ) -> dict[str, Float[Array, 'K *_']]:
     del embedding
+    if self.width < 1:
+      raise UserError(f'Residual.width must be 1 or more, got {self.width}')
     prompts, length, embed = table.shape
     networks = (prompts, length if self.separate else 1)
     arrays = {'table': table}
@@ -204,10 +206,10 @@ class Superposition(Reparametrization):
     embedding: Float[Array, 'V E'],
   ) -> dict[str, Float[Array, 'K *_']]:
     among = min(self.first, len(embedding)) or len(embedding)
-    if self.rows > among:
+    if not 0 <= self.rows <= among:
       raise UserError(
         f'Superposition.rows is {self.rows}, to be drawn without replacement'
-        f' among {among}; give fewer, or a higher Superposition.first'
+        f' among {among}; give from 0 to that, or a higher Superposition.first'
       )
     drawn = [
       jax.random.choice(key, among, (self.rows,), replace=False)

@@ -374,7 +374,7 @@ def build_optimizer(
 
   Raises:
     UserError: if `optimizer_fn` does not take `learning_rate`, or a rate is
-      none.
+      below 0 or not finite.
   """
   settings = inspect.signature(optimizer_fn).parameters
   open_ended = any(p.kind is p.VAR_KEYWORD for p in settings.values())
@@ -397,17 +397,17 @@ def build_optimizer(
     if rate == 0:
       return optax.set_to_zero()
     scaled = schedule
-    if rate != 1:
+    if rate != 1 and callable(schedule):
       scaled = lambda count: schedule(count) * np.float32(rate)
-      if not callable(schedule):
-        scaled = schedule * rate
+    elif rate != 1:
+      scaled = schedule * rate
     return optimizer_fn(learning_rate=scaled, **more)
 
   rates = rates or {}
   for path, rate in rates.items():
     if not 0 <= rate < math.inf:
       raise UserError(
-        f'learning_rate_scale must be 0 or more, and finite, got {rate} for'
+        f'learning_rate_scale must be 0 or more, and finite, got {rate:g} for'
         f' {path}'
       )
   if set(rates.values()) <= {1.0}:

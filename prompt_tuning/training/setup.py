@@ -152,7 +152,7 @@ def rates_of(
 ) -> dict[str, float]:
   """{'collection/path': `Method.rate`} of their arrays, or of their shapes."""
   return {
-    f'{method.collection}/{path}': method.rate(path)
+    f'{method.collection}/{path}': float(method.rate(path))
     for method in methods
     for path in parameters.flatten(trainable[method.collection])
   }

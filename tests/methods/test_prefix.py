@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.methods.dept import ADePT
+from prompt_tuning.methods.dept import DePT
 from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.models import network
@@ -117,9 +119,17 @@ def test_only_what_is_named_has_a_prefix(name):
     assert np.abs(gradient).max() > 1e-3, path
 
 
-def test_attentions_that_are_none_are_one_line():
+def test_settings_that_cannot_be_are_one_line():
   for wrong in (('self_attention',), ()):
     with pytest.raises(
       UserError, match='must be some of encoder, decoder, cro'
     ):
       Prefix(2, wrong)
+  for wrong in ({'length': 0}, {'hidden': -1}):
+    with pytest.raises(
+      UserError, match='length must be 1 or more and Prefix.h'
+    ):
+      Prefix(**wrong)
+  for kind in (DePT, ADePT):
+    with pytest.raises(UserError, match='ePT.rank must be 1 or more, got 0'):
+      kind(rank=0)

@@ -221,6 +221,8 @@ def test_what_it_is_comes_back_from_the_settings_of_a_checkpoint():
   [
     (LowRank(4), 'must be from 1 to 3, the smaller of PROMPT_LENGTH'),
     (LowRank(0), 'LowRank.rank must be from 1'),
+    (Residual(0), 'Residual.width must be 1 or more, got 0'),
+    (Superposition(-1), 'without replacement among 40'),
     (Superposition(41), 'without replacement among 40'),
     (Superposition(21, first=20), 'without replacement among 20'),
   ],
