@@ -79,7 +79,7 @@ def train_step(
     **sums,
     'gradient_norm': optax.tree.norm(grads),
     'update_norm': optax.tree.norm(updates),
-    'trained_norm': optax.tree.norm(trainable),
+    'trained_norm': optax.tree.norm(_trained(model, trainable)),
   }
   return TrainState(state.step + 1, trainable, opt_state), metrics
 
@@ -94,6 +94,15 @@ def _penalty(
     penalty = method.penalty(variables[method.collection], params)
     total += 0.0 if penalty is None else penalty
   return total
+
+
+def _trained(
+  model: EncoderDecoderModel, trainable: Mapping[str, dict]
+) -> dict[str, jax.Array]:
+  """The arrays that gradients change, by path."""
+  kept = {name for method in model.methods for name in method.untrained}
+  arrays = parameters.flatten(trainable)
+  return {k: x for k, x in arrays.items() if k.rpartition('/')[2] not in kept}
 
 
 def _settled(
