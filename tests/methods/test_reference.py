@@ -154,7 +154,8 @@ def test_steps_of_a_hard_prompt_equal_the_authors():
     with jax.numpy_dtype_promotion('standard'):  # optax's Adam needs it
       state = step(state)
     found = state.trainable['hard_prompt']['table'][0]
-    np.testing.assert_allclose(found, table, atol=TOLERANCE)
+    # optax computes 1 - 0.999^t in float32, torch in float64: 1e-5 of a step.
+    np.testing.assert_allclose(found, table, atol=5e-5)
   assert len(np.unique(REFERENCE['hard_prompt/ids'])) > 6  # they change
 
 
