@@ -283,7 +283,8 @@ def multitask_source(
   found = load_trained(path)
   for one in found:
     if isinstance(one.method, MultitaskPrompt):
-      return lambda: one.arrays
+      arrays = {k: np.asarray(x, np.float32) for k, x in one.arrays.items()}
+      return lambda: arrays
   names = ', '.join(one.method.collection for one in found)
   raise UserError(f'{path} holds {names}, a multitask_prompt is required')
 

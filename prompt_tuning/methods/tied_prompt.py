@@ -26,7 +26,10 @@ from prompt_tuning.methods.nearest_pieces import Reading
 
 @dataclasses.dataclass(frozen=True)
 class TiedPrompt(ComputedPrompt):
-  """Its arrays are 'table' [K, P, E] and 'ids' [P] of the text, as float32.
+  """Its arrays.
+
+  'table' [K, P, E] is trained; 'ids' [P] are the text's, as float32, and
+  'text_rows' [P, E] their embeddings.
 
   Attributes:
     prompt: length, number, start and placement; its length is the text's.
@@ -43,9 +46,11 @@ class TiedPrompt(ComputedPrompt):
   def init(
     self, rng: jax.Array, params: Any, text: TaskText
   ) -> dict[str, Array]:
+    ids = jnp.asarray(self._ids(text))
     return {
       'table': self.start(rng, params, text),
-      'ids': jnp.asarray(self._ids(text), jnp.float32),
+      'ids': ids.astype(jnp.float32),
+      'text_rows': jnp.take(embedding_of(params), ids, axis=0),
     }
 
   def _ids(self, text: TaskText) -> Sequence[int]:
@@ -72,15 +77,28 @@ class TiedPrompt(ComputedPrompt):
     self, arrays: Mapping[str, Any], params: Mapping[str, Any]
   ) -> Float[jax.Array, '']:
     """The weighted squared distance of each row to its piece, on average."""
-    ids = jax.lax.stop_gradient(arrays['ids']).astype(jnp.int32)
-    rows = jnp.take(embedding_of(params), ids, axis=0)[None]
-    distances = jnp.sum(jnp.square(arrays['table'] - rows), axis=-1)  # [K, P]
+    del params
     # Of several prompts the sum: each is trained as it would be alone.
-    return self.weight * jnp.sum(jnp.mean(distances, axis=1))
+    return self.weight * jnp.sum(_distances(arrays))
 
   def in_words(
     self, arrays: Mapping[str, Any], vocabulary: Vocabulary | ByteVocabulary
   ) -> dict[str, str]:
-    """The text that it is tied to; `prompt-tuning inspect --text` reads it."""
+    """The text, and how far from it each prompt is.
+
+    What a prompt itself reads as, `prompt-tuning inspect --text` says.
+    """
     ids = np.asarray(arrays['ids']).astype(int)
-    return {'tied_to': Reading.of(ids, vocabulary).text}
+    arrays = {name: jnp.asarray(a[...]) for name, a in arrays.items()}
+    distances = _distances(arrays).tolist()
+    return {
+      'tied_to': Reading.of(ids, vocabulary).text,
+      'squared_distance': ', '.join(f'{x:.6g}' for x in distances),
+    }
+
+
+def _distances(arrays: Mapping[str, Any]) -> Float[Array, 'K']:
+  """The mean squared distance of a prompt's rows to its text's."""
+  rows = jax.lax.stop_gradient(arrays['text_rows'])[None]
+  squares = jnp.sum(jnp.square(arrays['table'] - rows), axis=-1)  # [K, P]
+  return jnp.mean(squares, axis=1)

@@ -79,7 +79,7 @@ def train_step(
     **sums,
     'gradient_norm': optax.tree.norm(grads),
     'update_norm': optax.tree.norm(updates),
-    'trained_norm': optax.tree.norm(trainable),
+    'trained_norm': optax.tree.norm(_trained(model, trainable)),
   }
   return TrainState(state.step + 1, trainable, opt_state), metrics
 
@@ -94,6 +94,20 @@ def _penalty(
     penalty = method.penalty(variables[method.collection], params)
     total += 0.0 if penalty is None else penalty
   return total
+
+
+def _trained(
+  model: EncoderDecoderModel, trainable: Mapping[str, dict]
+) -> list[jax.Array]:
+  """The arrays that gradients change."""
+  return [
+    array
+    for method in model.methods
+    for path, array in parameters.flatten(
+      trainable.get(method.collection, {})
+    ).items()
+    if method.rate(path) != 0
+  ]
 
 
 def _refreshed(

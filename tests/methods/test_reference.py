@@ -153,6 +153,31 @@ def test_steps_of_a_hard_prompt_equal_the_authors():
     with jax.numpy_dtype_promotion('standard'):  # optax's Adam needs it
       state = step(state)
     found = state.trainable['hard_prompt']['table'][0]
-    # Adam divides gradients by their size, and rounding of small ones with it.
-    np.testing.assert_allclose(found, table, atol=5 * TOLERANCE)
+    # optax computes 1 - 0.999^t in float32, torch in float64: 1e-5 of a step.
+    np.testing.assert_allclose(found, table, atol=5e-5)
   assert len(np.unique(REFERENCE['hard_prompt/ids'])) > 6  # they change
+
+
+def test_padding_does_not_change_what_attempt_mixes():
+  model, frozen, trained = model_and_arrays('attempt')
+  logits = jax.jit(model.logits)
+  for row in (0, 1):
+    batch = {k: v[row : row + 1] for k, v in batch_of('attempt').items()}
+    wide = np.pad(batch['encoder_input_tokens'], ((0, 0), (0, 4)))
+    padded = batch | {'encoder_input_tokens': wide}
+    np.testing.assert_allclose(
+      *(logits({**frozen, **trained}, one) for one in (batch, padded)),
+      atol=TOLERANCE,
+    )
+
+
+def test_a_hard_prompt_is_its_pieces_in_front_of_the_text():
+  model, frozen, trained = model_and_arrays('hard_prompt')
+  ids = np.asarray(trained['hard_prompt']['ids']).astype(int)
+  as_text = tiny_t5.batch(virtual=np.repeat(ids, 2, axis=0))
+  plain = EncoderDecoderModel(tiny_t5.CONFIG)
+  np.testing.assert_allclose(
+    jax.jit(model.logits)({**frozen, **trained}, batch_of('hard_prompt')),
+    jax.jit(plain.logits)(frozen, as_text),
+    atol=TOLERANCE,
+  )

@@ -252,9 +252,9 @@ def test_a_tied_prompt_goes_to_its_text_as_its_weight_grows(
     distance = np.mean(np.sum((table[0] - embedding[ids]) ** 2, -1))
     distances.append(distance)
     assert ('penalty' in lines_of(folder)[-1]) == (weight > 0)
-    assert load_trained(folder / 'tied_prompt')[0].facts['tied_to'] == (
-      'bad dull review'
-    )
+    facts = load_trained(folder / 'tied_prompt')[0].facts
+    assert facts['tied_to'] == 'bad dull review'
+    assert float(facts['squared_distance']) == pytest.approx(distance, rel=1e-4)
   assert distances[1] < 1e-2 < 1 < distances[0]
 
 
@@ -278,11 +278,10 @@ def test_the_penalty_counts_once_however_a_batch_is_divided(
   start = found[0].variables['tied_prompt']
   assert one[0]['penalty'] == pytest.approx(other[0]['penalty'], rel=1e-6)
   np.testing.assert_array_equal(start['ids'], np.float32(ids))
-  arrays = {'table': tables[0], 'ids': start['ids']}
-  arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
-  params = {'token_embedder': {'embedding': jnp.asarray(embedding)}}
+  np.testing.assert_array_equal(start['text_rows'], embedding[ids])
+  arrays = {name: jnp.asarray(array) for name, array in start.items()}
   by_hand = 2.0 * np.sum((tables[0][0] - embedding[ids]) ** 2) / 3
-  assert float(method.penalty(arrays, params)) == pytest.approx(by_hand)
+  assert float(method.penalty(arrays, {})) == pytest.approx(by_hand)
 
 
 def test_a_text_of_another_length_is_told(tiny_vocabulary):
