@@ -12,7 +12,8 @@ parameters:
   `PromptTuner.train_step_lester` of arazd/ResidualPrompts (53087ca), with empty
   modules for the data sets and metrics that its file imports.
 - dept: `PeftModelForSeq2SeqLM` of the peft of ZhengxiangShi/DePT (f0266a7),
-  PROMPT_TUNING_LORA. It wants inputs of exactly its max_length, 7 here.
+  PROMPT_TUNING_LORA. It wants inputs of exactly its max_length, 7 here, and an
+  attribute of the model that only generation used, which transformers has lost.
 - adept: the same of HungerPWAY/ADePT (c5e3629), PROMPT_TUNING_LORAX, in
   evaluation mode, that is without its dropout.
 - prefix, prefix_hidden: peft 0.21.2, PREFIX_TUNING with num_layers 4, without
