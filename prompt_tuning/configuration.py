@@ -64,10 +64,14 @@ CONFIGURABLES = {
     'prompt_tuning.study.views',
   ),
   **dict.fromkeys(
-    ('figure', 'bars', 'parameters'), 'prompt_tuning.study.figures'
+    ('figure', 'bars', 'tradeoff', 'parameters'),
+    'prompt_tuning.study.figures',
   ),
   **dict.fromkeys(
-    ('interpretation', 'row_neighbours', 'similarity', 'prompt_map'),
+    (
+      *('interpretation', 'row_neighbours', 'similarity', 'prompt_map'),
+      'waywardness',
+    ),
     'prompt_tuning.study.interpretation',
   ),
 }

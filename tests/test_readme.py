@@ -22,7 +22,7 @@ README = REPOSITORY / 'README.md'
 DOCUMENTS = (
   README,
   REPOSITORY / 'scripts/launch/README.md',
-  *(PACKAGE / folder / 'README.md' for folder in ('data', 'planning')),
+  *(PACKAGE / folder / 'README.md' for folder in ('data', 'planning', 'study')),
 )
 # A run of the README takes minutes; what it does shows in two steps as well.
 FEW = ('TRAIN_STEPS_RELATIVE=400', 'TRAIN_STEPS_RELATIVE=2')
@@ -127,9 +127,9 @@ def test_every_command_and_example_of_the_readme_runs(tmp_path, monkeypatch):
     elif words[:2] == ['python', '-m']:
       assert importlib.import_module(words[2]).main(words[3:]) == 0, command
   assert ran == [
-    *('train', 'eval', 'infer', 'export', 'train'),
+    *('train', 'eval', 'infer', 'export', 'train', 'study', 'study'),
     *['convert'] * 4,
-    *('inspect', 'diff', 'compile', 'show'),
+    *('inspect', 'diff', 'compile', 'show', 'study', 'study', 'study'),
   ]
   for path in (
     'runs/bbc/prompt/prompt.npy',

@@ -1,6 +1,7 @@
 """Figures of a study, each with its numbers (see `views`)."""
 
 from collections.abc import Mapping, Sequence
+import statistics
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.study import published as published_lib
@@ -160,6 +161,75 @@ def _places(
     return {label: float(label) for label in labels}
   except ValueError:
     return {label: float(i) for i, label in enumerate(labels)}
+
+
+def tradeoff(
+  axis: str,
+  metric: str = 'score',
+  evaluation: str = VALIDATION,
+  title: str = '',
+) -> View:
+  """A metric against trained parameters, and what else a method costs.
+
+  Args:
+    axis: its labels are points.
+    metric: see `Run.value`; of several tasks the mean.
+    evaluation: likewise.
+    title: of the section.
+  """
+
+  def view(results: Results) -> Section:
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(7, 4.5), layout='constrained')
+    plot = drawn.subplots()
+    rows = []
+    for label in results.labels(axis):
+      summary = results.summary({axis: label}, metric, evaluation)
+      runs = [
+        run for found, run in results.chosen() if found.get(axis) == label
+      ]
+      runs = [run for run in runs if run.is_training]
+      if summary is None or not runs:
+        continue
+      trained = max(run.facts['trained_parameters'] for run in runs)
+      peak = max(run.facts['peak_memory_bytes'] for run in runs)
+      seconds = statistics.median(
+        [run.seconds_per_step for run in runs if run.seconds_per_step]
+      )
+      size = max(run.size or 0 for run in runs)
+      rows.append(
+        [
+          label,
+          str(summary),
+          f'{trained:,}',
+          f'{seconds:.3f}',
+          f'{peak / 1e6:,.0f}',
+          f'{size / 1e3:,.0f}',
+        ]
+      )
+      plot.errorbar(
+        trained, summary.mean, summary.deviation or 0, marker='o', capsize=3
+      )
+      plot.annotate(
+        label,
+        (trained, summary.mean),
+        xytext=(4, 4),
+        textcoords='offset points',
+        fontsize='x-small',
+      )
+    plot.set(xscale='log', xlabel='trained parameters', ylabel=metric)
+    plot.grid(alpha=0.3)
+    text = (
+      f'{of(metric, evaluation)}, mean over tasks ± standard deviation over'
+      ' seeds; trained parameters; median seconds of a step; most memory of a'
+      ' process; size of the files.'
+    )
+    header = [axis, metric, 'trained', 's/step', 'peak MB', 'kB']
+    said = title or f'{metric} against trained parameters'
+    return Section(said, text, header, rows, drawn)
+
+  return view
 
 
 def parameters(

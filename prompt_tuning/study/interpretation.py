@@ -18,8 +18,11 @@ from sklearn import neighbors
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
-from prompt_tuning.interop.prompts import load_prompt
+from prompt_tuning.interop.prompts import load_trained
+from prompt_tuning.methods.prompt import Prompt
+from prompt_tuning.study.grid import SEED
 from prompt_tuning.study.grid import TRY
+from prompt_tuning.study.runs import VALIDATION
 from prompt_tuning.study.runs import Run
 from prompt_tuning.study.views import Results
 from prompt_tuning.study.views import Section
@@ -91,15 +94,22 @@ def _base(path: str) -> np.ndarray:
 
 
 def read(run: Run, settings: Mapping[str, Any]) -> Read | None:
-  """The prompt of a run; None where it trained none.
+  """The prompt of a run, or one that acts alike; None where there is none.
 
   Args:
     run: a training.
     settings: of its command; they name the vocabulary.
   """
-  if not run.is_training or 'prompt' not in run.facts['methods']:
+  if not run.is_training:
     return None
-  table, facts = load_prompt(run.folder)
+  found = [
+    prompt
+    for one in load_trained(run.folder)
+    if (prompt := one if isinstance(one.method, Prompt) else one.as_prompt())
+  ]
+  if not found:
+    return None
+  table, facts = np.asarray(found[0].arrays['table']), found[0].facts
   vocabulary = settings.get('Task.vocabulary')
   if vocabulary is None:
     raise UserError(
@@ -111,6 +121,70 @@ def read(run: Run, settings: Mapping[str, Any]) -> Read | None:
     load_vocabulary(vocabulary),
     facts.get('labels') or (),
   )
+
+
+def waywardness(
+  axis: str,
+  metric: str = 'score',
+  evaluation: str = VALIDATION,
+  title: str = 'Score and distance to the text',
+) -> View:
+  """Score, distance to a text and reading of tied prompts (2112.08348, fig. 2).
+
+  Args:
+    axis: the weights of the tie.
+    metric: see `Run.value`.
+    evaluation: likewise.
+    title: of the section.
+  """
+
+  def view(results: Results) -> Section:
+    from matplotlib.figure import Figure
+
+    rows, points = [], {}
+    for cell in results.cells:
+      run = results.runs.get(cell.name)
+      one = None if run is None else read(run, results.settings(cell))
+      if one is None:
+        continue
+      weight, settings = cell.labels[axis], results.settings(cell)
+      ids = one.vocabulary.encode(settings['TiedPrompt.text'])
+      difference = one.table - one.embedding[ids]
+      distance = float(np.mean(np.sum(np.square(difference), axis=-1)))
+      nearest = one.nearest(1)[1][:, 0]
+      kept = float(np.mean(nearest == np.asarray(ids)))
+      value = run.value(metric, evaluation)
+      points.setdefault(weight, []).append((value, distance))
+      rows.append(
+        [
+          weight,
+          cell.labels.get(SEED, ''),
+          f'{value:.1f}',
+          f'{distance:.3g}',
+          f'{100 * kept:.0f}%',
+          ''.join(one.words(nearest)).strip(),
+        ]
+      )
+    drawn = Figure(figsize=(6, 4), layout='constrained')
+    plot = drawn.subplots()
+    means = {w: np.mean(found, axis=0) for w, found in points.items()}
+    places = np.arange(len(means))
+    plot.plot(places, [m[0] for m in means.values()], 'o-', label=metric)
+    plot.set_xticks(places, list(means))
+    plot.set(xlabel=axis, ylabel=metric)
+    other = plot.twinx()
+    other.plot(places, [m[1] for m in means.values()], 's--', color='tab:red')
+    other.set(ylabel='squared distance to the text (dashed)', yscale='log')
+    plot.grid(alpha=0.3)
+    text = (
+      f'{metric} ({evaluation}); mean squared distance of rows to the pieces of'
+      " the text; share of rows whose nearest piece is the text's; the nearest"
+      ' pieces as text.'
+    )
+    header = [axis, 'seed', metric, 'distance', 'kept', 'reads as']
+    return Section(title, text, header, rows, drawn)
+
+  return view
 
 
 def _all(results: Results) -> list[tuple[str, Read]]:

@@ -133,6 +133,15 @@ def test_the_page_is_all_by_itself_and_figures_are_files_too(folder):
   assert '![score over model](score_over_model.png)' in text
 
 
+def test_what_a_method_costs_stands_beside_what_it_gives(folder):
+  _, text = collect(folder, figures.tradeoff('method'))
+  lines = [line.replace(' ', '') for line in text.splitlines()]
+  # By seed the means over models are 20 and 30.
+  assert '|prompt|25.0±7.1|3,840|0.400|500|0|' in lines
+  report = folder / 'report'
+  assert (report / 'score_against_trained_parameters.png').stat().st_size > 0
+
+
 def test_a_view_of_an_axis_that_is_not_there_is_told(folder):
   with pytest.raises(UserError, match="'modell', the study has model, method"):
     collect(folder, views.table(rows='modell', columns='method'))
