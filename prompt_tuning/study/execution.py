@@ -142,8 +142,19 @@ class Local:
     self._stopped = threading.Event()
     self._processes: dict[str, subprocess.Popen] = {}
 
-  def run(self, jobs: Sequence[Job], states: 'States') -> dict[str, str]:
+  def run(
+    self,
+    jobs: Sequence[Job],
+    states: 'States',
+    left: Callable[[str], Sequence[Sequence[str]]] | None = None,
+  ) -> dict[str, str]:
     """Runs cells; returns {name: last line} of those that failed.
+
+    Args:
+      jobs: the cells.
+      states: is told how it goes.
+      left: gives the commands of a cell that are not done when its turn comes;
+        another study may have done some. None: all are.
 
     Raises:
       RestartError: asked to stop (SIGTERM, Ctrl-C); what ran has saved.
@@ -159,6 +170,12 @@ class Local:
         if not ours:
           states.set(job, ELSEWHERE)
           return
+        if left is not None:
+          with guard:
+            job = dataclasses.replace(job, commands=left(job.name))
+          if not job.commands:
+            states.set(job, DONE)
+            return
         with guard:
           slot = free.pop()
         environment, cores = self._slots[slot]

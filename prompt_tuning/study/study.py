@@ -130,7 +130,7 @@ def study(
     states = execution.States(jobs, at_once, len(done))
     if executor == 'local':
       local = execution.Local(at_once, one.folder / '.compiled')
-      failed |= local.run(jobs, states)
+      failed |= local.run(jobs, states, one.left)
       if all(state == execution.ELSEWHERE for state in states.found()):
         remark = f'{len(jobs)} cells run elsewhere'
         break
@@ -327,6 +327,11 @@ class _Study:
           yield [*words, f'EVAL_OUTPUT_DIR={folder}']
         else:
           yield cell.with_words(shlex.split(text)).arguments(str(folder))
+
+  def left(self, name: str) -> list[list[str]]:
+    """The commands of a cell that are not done, by its name."""
+    (cell,) = (cell for cell in self.cells() if cell.name == name)
+    return list(self.commands(cell))
 
   def may_run(self, cell: Cell, done: Collection[str]) -> bool:
     """Whether it is its turn: no other cell's, and what it needs is done."""

@@ -271,6 +271,14 @@ def test_two_studies_do_not_run_one_cell(tmp_path):
   assert states.found() == [execution.DONE]
 
 
+def test_what_another_study_did_while_a_cell_waited_is_not_done_again(tmp_path):
+  job = job_of(tmp_path, ['nonsense'])
+  states = execution.States([job], 1)
+  local = execution.Local(1, tmp_path / 'cache')
+  assert local.run([job], states, lambda name: []) == {}
+  assert states.found() == [execution.DONE]
+
+
 def test_cells_share_out_cores_and_gpus(tmp_path, monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5,7')
   local = execution.Local(2, tmp_path)
