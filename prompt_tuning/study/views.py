@@ -36,11 +36,14 @@ class Results:
   settings: Callable[[Cell], Mapping[str, Any]] = lambda cell: {}
 
   def chosen(self) -> list[tuple[Labels, Run]]:
-    """Labels and runs, without the tries that were not the best."""
+    """Labels and runs of experiments.
+
+    Not those of tries that were not the best, nor of what combines others.
+    """
     return [
       (cell.labels, self.runs[cell.name])
       for cell in self.cells
-      if cell.chosen and cell.name in self.runs
+      if cell.chosen and not cell.needs and cell.name in self.runs
     ]
 
   def labels(self, axis: str) -> list[str]:
@@ -267,8 +270,9 @@ def ensembles(
 
   def view(results: Results) -> Section:
     rows, axes = [], []
-    for labels, run in results.chosen():
-      found = run.evaluations.get(evaluation, {})
+    for cell in results.cells:
+      run, labels = results.runs.get(cell.name), cell.labels
+      found = {} if run is None else run.evaluations.get(evaluation, {})
       if 'members/mean_score' not in found:
         continue
       axes = [axis for axis in labels if axis != SEED]

@@ -47,13 +47,14 @@ def write_run(folder, score, answers=(1, 0), task='rte', **facts):
   )
   lines = [
     {
-      'input': f'text {i}',
+      'input': f'text \u2028 {i}',
       'target': 'yes',
       'prediction': 'yes' if one else 'no',
     }
     for i, one in enumerate(answers)
   ]
-  text = '\n'.join(map(json.dumps, lines))
+  # As `evaluate` writes them: what is no ASCII stays as it is.
+  text = '\n'.join(json.dumps(x, ensure_ascii=False) for x in lines)
   (folder / 'eval' / 'inference' / f'{task}-1020.jsonl').write_text(text)
   (folder / 'eval' / 'inference' / f'{task}-1040.jsonl').write_text('')
   (folder / 'config.gin').write_text('')
