@@ -42,7 +42,9 @@ setuptools.setup(
   + sorted(CONFIGS),
   package_dir=CONFIGS,
   package_data={
-    'prompt_tuning': ['bundled/**', '*/README.md', 'CHANGELOG.md'],
+    'prompt_tuning': [
+      *('bundled/**', '*/README.md', '*/*.png', 'CHANGELOG.md'),
+    ],
     **{name: ['*.gin'] for name in CONFIGS},
   },
   install_requires=[

@@ -21,6 +21,7 @@ from prompt_tuning.study.grid import Cell
 from prompt_tuning.study.grid import Grid
 from prompt_tuning.study.runs import Run
 from prompt_tuning.study.views import Results
+from prompt_tuning.study.views import Section
 from prompt_tuning.study.views import View
 from prompt_tuning.study.views import all_runs
 
@@ -115,7 +116,14 @@ def study(
   )
   if action == 'list':
     return {'commands': list(one.lines())}
+  try:
+    one.folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f'STUDY_DIR {one.folder} cannot be made: {error.strerror}; choose another'
+    ) from error
   one.adopt(adopt)
+  _sections(one, views)  # What is wrong with a view comes to light at once.
   failed: dict[str, str] = {}
   remark = ''
   while action == 'run':
@@ -143,13 +151,10 @@ def study(
       remark = f'launched: {len(jobs) - len(failed)}'
     break
   cells = one.cells()
-  results = Results(cells, one.done(), one.settings)
-  sections = [view(results) for view in views]
+  sections = _sections(one, views)
   folder = one.folder / 'report'
-  count = sum(cell.name in results.runs for cell in cells)
+  count = len(one.done())
   counts = f'{count} of {len(cells)} cells are done.'
-  if results.runs:
-    sections.append(all_runs(results))
   report.write(folder, title, f'{text} {counts}'.strip(), sections)
   one.write_json(folder / 'runs', cells)
   if failed:
@@ -162,6 +167,17 @@ def study(
   found = {'cells': len(cells), 'done': count, 'failed': {}}
   found |= {'remark': remark} if remark else {}
   return found | {'report': str(folder / 'report.html')}
+
+
+def _sections(one: '_Study', views: Sequence[View]) -> list[Section]:
+  """The report of what is done."""
+  results = Results(one.cells(), one.done(), one.settings)
+  if not isinstance(views, list | tuple):
+    raise UserError('study.views is a list: study.views = (@table(),)')
+  sections = [view(results) for view in views]
+  if not all(isinstance(section, Section) for section in sections):
+    raise UserError('study.views takes what is made: @table(), not @table')
+  return sections + ([all_runs(results)] if results.runs else [])
 
 
 class _Study:

@@ -381,6 +381,9 @@ def test_commands_are_listed_and_words_go_where_they_are_of_use(
     (['Grid.axis={}'], 'Grid has no parameter axis (did you mean axes?)'),
     (['Grid.words=models/t5_1_1_mni'], 'did you mean models/t5_1_1_mini?'),
     (['study.at_once=0'], 'study.at_once must be 1 or more'),
+    (['study.views=@bars'], 'study.views is a list'),
+    (['table.rows=metod'], "the axis 'metod', the study has method, SEED"),
+    (['STUDY_DIR=/proc/x'], 'STUDY_DIR /proc/x cannot be made'),
   ],
 )
 def test_what_is_wrong_is_a_line_before_anything_runs(
