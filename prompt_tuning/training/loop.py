@@ -269,6 +269,7 @@ class _Run:
 
   def __post_init__(self):
     self.started = time.monotonic()
+    reporting.source_commit()  # files may change while it runs
     self.step = int(self.state.step)
     self.ended = self.step >= self.last_step or self._stale()
 

@@ -1,6 +1,7 @@
 """What a run says: a line of progress, a JSONL of metrics, TensorBoard."""
 
 from collections.abc import Mapping
+import functools
 import json
 import logging
 import os
@@ -217,10 +218,12 @@ def peak_memory() -> int:
   return stats.get('peak_bytes_in_use', of_host)
 
 
+@functools.cache
 def source_commit() -> str | None:
   """The git commit of this package, '+' where files differ from it.
 
-  None where it is installed without its repository.
+  That of the first call: a run asks when it begins. None where the package is
+  installed without its repository.
   """
   folder = pathlib.Path(prompt_tuning.__file__).parent
   if not (folder.parent / '.git').exists():
