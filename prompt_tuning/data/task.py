@@ -186,11 +186,18 @@ class Task:
       return words
     import seqio
 
-    plain = dataclasses.replace(self, demonstrations=None).seqio()
-    (part,) = (p for p in seqio.get_subtasks(plain) if p.name == name)
-    with checking.reading(part, 'train'):
-      pairs = demonstrations_lib.texts(part)
-    return self.demonstrations.prefix(pairs) + words
+    if name not in self._demonstrated:
+      plain = dataclasses.replace(self, demonstrations=None).seqio()
+      (part,) = (p for p in seqio.get_subtasks(plain) if p.name == name)
+      with checking.reading(part, 'train'):
+        pairs = demonstrations_lib.texts(part)
+      self._demonstrated[name] = self.demonstrations.prefix(pairs)
+    return self._demonstrated[name] + words
+
+  @functools.cached_property
+  def _demonstrated(self) -> dict[str, str]:
+    """{task: its demonstrations}: a task's training split is read once."""
+    return {}
 
   def digest(self, split: str) -> str:
     """Another one for other examples of a split (see `sources.digest`)."""

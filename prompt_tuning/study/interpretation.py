@@ -17,6 +17,7 @@ from sklearn import neighbors
 
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop import transfer
 from prompt_tuning.interop.base_checkpoints import load_checkpoint
 from prompt_tuning.interop.prompts import load_trained
 from prompt_tuning.methods.prompt import Prompt
@@ -286,26 +287,14 @@ def similarity(title: str = 'How alike the prompts are') -> View:
     for i, (name, one) in enumerate(prompts):
       for other_name, other in prompts[i + 1 :]:
         if one.table.shape[1] == other.table.shape[1]:
-          of_means, of_rows = prompt_similarity(one.table, other.table)
+          of_means = transfer.similarity(one.table, other.table)
+          of_rows = transfer.similarity(one.table, other.table, 'pairs')
           rows.append([name, other_name, f'{of_means:.3f}', f'{of_rows:.3f}'])
     text = 'Cosine of the mean rows, and the mean cosine of all pairs of rows.'
     header = ['prompt', 'and', 'cosine of means', 'mean of cosines']
     return Section(title, text, header, rows)
 
   return view
-
-
-def prompt_similarity(
-  one: np.ndarray, other: np.ndarray
-) -> tuple[float, float]:
-  """Of two prompts [P, E]: cosine of mean rows, mean cosine of rows."""
-
-  def unit(x: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.maximum(norms, 1e-30)
-
-  of_means = float(unit(one.mean(axis=0)) @ unit(other.mean(axis=0)))
-  return of_means, float((unit(one) @ unit(other).T).mean())
 
 
 def prompt_map(title: str = 'A map of the prompts') -> View:

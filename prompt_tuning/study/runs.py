@@ -56,10 +56,6 @@ class Run:
       )
     return found[names[0]]
 
-  def config(self) -> str:
-    """The text of config.gin."""
-    return (self.folder / 'config.gin').read_text()
-
   @property
   def is_training(self) -> bool:
     return 'steps' in self.facts

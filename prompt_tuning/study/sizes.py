@@ -12,7 +12,9 @@ from prompt_tuning.methods.method import ANY_TEXT
 from prompt_tuning.methods.method import Method
 from prompt_tuning.models import network
 from prompt_tuning.models.network import T5Config
-from prompt_tuning.models.parameters import flatten
+from prompt_tuning.models.parameters import PARAMS
+from prompt_tuning.training import setup
+from prompt_tuning.training.reporting import count_parameters
 
 _PLAIN = (bool, int, float, str, tuple)
 
@@ -21,28 +23,22 @@ def parameters(settings: Mapping[str, Any]) -> tuple[int, int]:
   """(trained, all) parameters.
 
   Args:
-    settings: of a `train`, as `configuration.settings` gives them.
+    settings: of a `train`, as `Commands.settings` gives them (see `study`).
 
   Raises:
     UserError: a method is not known.
   """
   config = _made(T5Config, settings)
   shapes = network.parameter_shapes(config)
-  of_model = _count(shapes)
-  trained = added = 0
+  methods = []
   for reference in settings['train.methods']:
     kind = methods_lib.configurables().get(reference.strip('@()'))
     if kind not in methods_lib.by_collection().values():
       raise UserError(f'parameters are not known of the method {reference}')
-    method = _made(kind, settings)
-    arrays = _shapes(method, shapes)
-    trained += sum(
-      array.size
-      for path, array in flatten(arrays).items()
-      if method.rate(path) > 0
-    )
-    added += 0 if method.collection == 'params' else _count(arrays)
-  return trained, of_model + added
+    methods.append(_made(kind, settings))
+  trainable = {one.collection: _shapes(one, shapes) for one in methods}
+  trained = setup.count_trained(trainable, setup.rates_of(methods, trainable))
+  return trained, count_parameters({PARAMS: shapes, **trainable})
 
 
 def _shapes(method: Method, params: Any) -> Any:
@@ -69,7 +65,3 @@ def _made(kind: type, settings: Mapping[str, Any]) -> Any:
     elif isinstance(value, _PLAIN):
       given[field.name] = value
   return kind(**given)
-
-
-def _count(tree: Any) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))

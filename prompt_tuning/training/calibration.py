@@ -7,6 +7,7 @@ import numpy as np
 from scipy import special
 
 from prompt_tuning.data.demonstrations import CONTENT_FREE
+from prompt_tuning.data.templates import Template
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.virtual_tokens import encoder_row
 
@@ -28,8 +29,6 @@ def content_free_rows(
     inputs_length: of the rows, virtual tokens not counted.
     virtual_tokens: that stand among them.
   """
-  from prompt_tuning.data.templates import Template
-
   rows = []
   for nothing in CONTENT_FREE:
     text = nothing

@@ -158,6 +158,14 @@ def rates_of(
   }
 
 
+def count_trained(
+  trainable: Mapping[str, Any], rates: Mapping[str, float]
+) -> int:
+  """Parameters that updates change, of arrays or their shapes (`rates_of`)."""
+  arrays = parameters.flatten(trainable)
+  return sum(array.size for path, array in arrays.items() if rates[path] > 0)
+
+
 @dataclasses.dataclass
 class Start:
   """A run before its first step, or where it goes on.
@@ -223,11 +231,7 @@ def begin(
   tx = optimizers.build_optimizer(
     optimizer, learning_rate, first_step, axes, rates
   )
-  trained = sum(
-    array.size
-    for path, array in parameters.flatten(trainable).items()
-    if rates[path] > 0
-  )
+  trained = count_trained(trainable, rates)
   state, shardings = first_state(trainable, tx, first_step, layout, axes)
   del trainable  # the first step takes their buffers over
   checks.disk_has_room(model_dir, state)

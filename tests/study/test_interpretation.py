@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning.data.vocabularies import load_vocabulary
+from prompt_tuning.interop import transfer
 from prompt_tuning.study import interpretation
 
 PIECE = 40
@@ -59,6 +60,7 @@ def test_rows_that_are_alike_are_a_cluster(read):
 def test_similarities_of_prompts():
   one = np.array([[1.0, 0.0], [0.0, 1.0]])
   other = np.array([[2.0, 0.0], [2.0, 0.0]])
-  of_means, of_rows = interpretation.prompt_similarity(one, other)
+  of_means = transfer.similarity(one, other)
+  of_rows = transfer.similarity(one, other, 'pairs')
   assert of_means == pytest.approx(np.sqrt(0.5))
   assert of_rows == pytest.approx(0.5)  # (1 + 1 + 0 + 0) / 4
