@@ -44,6 +44,7 @@ class Adapters(Method):
   """
 
   collection: ClassVar[str] = 'adapters'
+  acts_on_keys: ClassVar[bool] = False
 
   size: int = 16
   behind: Sequence[str] = ('attention', 'self_attention', 'mlp')

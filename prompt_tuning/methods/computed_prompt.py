@@ -34,6 +34,7 @@ class ComputedPrompt(Method):
   """
 
   stacked: ClassVar[Sequence[str]] = ('table',)
+  acts_on_keys: ClassVar[bool] = False
 
   prompt: Prompt = dataclasses.field(default_factory=Prompt)
 

@@ -129,6 +129,7 @@ class DePT(_Decomposed):
   """
 
   collection: ClassVar[str] = 'dept'
+  acts_on_keys: ClassVar[bool] = False
 
   length: int = 40
   rank: int = 45
@@ -179,6 +180,7 @@ class ADePT(_Decomposed):
   """
 
   collection: ClassVar[str] = 'adept'
+  acts_on_keys: ClassVar[bool] = False
 
   length: int = 60
   rank: int = 19

@@ -36,6 +36,10 @@ class Lora(Method):
   alpha: float = 16.0
   targets: Sequence[str] = ('query', 'value')
 
+  @property
+  def acts_on_keys(self) -> bool:
+    return not {'key', 'value'}.isdisjoint(self.targets)
+
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     arrays = {}
     for path, kernel in sorted(parameters.flatten(params).items()):

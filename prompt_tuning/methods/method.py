@@ -56,11 +56,16 @@ class Method:
     collection: name of its variable collection, and of its files.
     reads_weights: it computes with T5's weights by itself, where what other
       methods make of them does not reach.
+    acts_on_keys: its interceptor looks at the keys or values of the attention
+      over the encoder (`Dense.__call__` of 'key' and 'value', `attend`), which
+      are not computed otherwise where targets are short; False says that it
+      does not.
     learning_rate_scale: its learning rate is the run's times this.
   """
 
   collection: ClassVar[str]
   reads_weights: ClassVar[bool] = False
+  acts_on_keys: ClassVar[bool] = True
 
   learning_rate_scale: float = dataclasses.field(default=1.0, kw_only=True)
 

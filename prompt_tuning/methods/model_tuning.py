@@ -16,6 +16,7 @@ class ModelTuning(Method):
   """The collection of T5 itself, in place of a frozen one."""
 
   collection: ClassVar[str] = parameters.PARAMS
+  acts_on_keys: ClassVar[bool] = False
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> Any:
     return params

@@ -25,6 +25,7 @@ class NormScales(Method):
   """Its arrays are 'offset' [E] of each norm."""
 
   collection: ClassVar[str] = 'norm_scales'
+  acts_on_keys: ClassVar[bool] = False
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     arrays = {}

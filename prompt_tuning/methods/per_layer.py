@@ -37,6 +37,7 @@ class PerLayerPrompt(Method):
   """
 
   collection: ClassVar[str] = 'per_layer'
+  acts_on_keys: ClassVar[bool] = False
   reads_weights: ClassVar[bool] = True  # of norms, keys and values
 
   length: int = 20

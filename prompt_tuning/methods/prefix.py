@@ -71,6 +71,10 @@ class Prefix(Method):
         f' {self.length} and {self.hidden}'
       )
 
+  @property
+  def acts_on_keys(self) -> bool:
+    return 'cross' in self.attentions
+
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
     arrays: dict[str, jax.Array] = {}
 

@@ -174,6 +174,7 @@ class Prompt(Method):
   """
 
   collection: ClassVar[str] = 'prompt'
+  acts_on_keys: ClassVar[bool] = False
 
   length: int = 100
   num_prompts: int = 1

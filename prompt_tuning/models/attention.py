@@ -1,10 +1,16 @@
 """Multi-head attention with T5's masks and a cache for decoding.
 
+Who may look at whom (`Mask`) and how far apart they stand (`Bias`) are said by
+ids and positions; `attend` turns them into the values that each query mixes,
+and is the one place where an implementation is chosen.
+
 T5 does not scale scores by 1 / sqrt(head_dim); the query's initialiser holds
-that factor instead. Scores and softmax are float32 whatever `dtype` is.
+that factor instead. Scores and softmax are float32 whatever the activations
+are.
 """
 
 from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,27 +18,117 @@ from jaxtyping import Array, Bool, Float, Int
 from prompt_tuning.models import layers
 
 MASKED = -1e10
+# The number of a key's segment that every query may look at.
+ANY_SEGMENT = -1
 
 _normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
 
-def padding_mask(
-  query_valid: Bool[Array, 'B Q'], key_valid: Bool[Array, 'B S']
-) -> Bool[Array, 'B 1 Q S']:
-  """True where a real query may look at a real key."""
-  return (query_valid[:, :, None] & key_valid[:, None, :])[:, None]
+@struct.dataclass
+class Mask:
+  """Which queries may look at which keys.
+
+  Attributes:
+    query_segments: number of each query's packed example, 0 for padding.
+    key_segments: likewise; ANY_SEGMENT is looked at by all.
+    query_positions: with those of the keys: no query looks at a key after it.
+      None: it may.
+    key_positions: see there.
+  """
+
+  query_segments: Int[Array, 'B Q']
+  key_segments: Int[Array, 'B S']
+  query_positions: Int[Array, 'Q'] | None = None
+  key_positions: Int[Array, 'S'] | None = None
+
+  def array(self) -> Bool[Array, 'B 1 Q S']:
+    """True where the query may look at the key."""
+    query = self.query_segments[:, :, None]
+    key = self.key_segments[:, None, :]
+    seen = (query > 0) & ((query == key) | (key == ANY_SEGMENT))
+    if self.query_positions is not None:
+      earlier = self.key_positions[None, :] <= self.query_positions[:, None]
+      seen &= earlier[None]
+    return seen[:, None]
+
+  def with_keys_in_front(self, count: int) -> 'Mask':
+    """So many more keys, before all others, that every query may look at."""
+    before = ((0, 0), (count, 0))
+    segments = jnp.pad(self.key_segments, before, constant_values=ANY_SEGMENT)
+    positions = self.key_positions
+    if positions is not None:
+      positions = jnp.concatenate([jnp.arange(-count, 0), positions])
+    return self.replace(key_segments=segments, key_positions=positions)
 
 
-def segment_mask(
-  query_segments: Int[Array, 'B Q'], key_segments: Int[Array, 'B S']
-) -> Bool[Array, 'B 1 Q S']:
-  """True where query and key belong to the same packed example."""
-  return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
+@jax.custom_vjp
+def mix(
+  query: Float[Array, 'B N Q D'],
+  key: Float[Array, 'B N S D'],
+  value: Float[Array, 'B N S D'],
+  bias: Float[Array, '1 N Q S'] | None,
+  mask: Bool[Array, '#B 1 #Q S'] | None,
+  keep: Float[Array, 'B #N #Q S'] | None,
+) -> Float[Array, 'B N Q D']:
+  """Values mixed by the softmax of each query's scores, with their gradient.
+
+  Heads stand before positions, so that each product is one of plain matrices.
+  What is kept for the gradient is the weights and what goes in and out; what
+  each product takes has the activations' type, what it sums up is float32.
+
+  Args:
+    query: of the activations' type, as keys and values.
+    key: see there.
+    value: see there.
+    bias: added to the scores; its gradient is computed if somebody asks.
+    mask: False where a query may not look.
+    keep: weights are multiplied by it, as dropout does.
+  """
+  return _mix_forward(query, key, value, bias, mask, keep)[0]
 
 
-def causal_mask(length: int) -> Bool[Array, '1 1 L L']:
-  """True where the key is not after the query."""
-  return jnp.tril(jnp.ones((length, length), bool))[None, None]
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _mix_forward(query, key, value, bias, mask, keep):
+  scores = _product('bnqd,bnsd->bnqs', query, key)
+  if bias is not None:
+    scores += bias
+  if mask is not None:
+    # Added, not substituted: a row with nothing to look at keeps T5X's
+    # distribution instead of a uniform one.
+    scores += jnp.where(mask, 0.0, MASKED)
+  weights = jax.nn.softmax(scores).astype(query.dtype)
+  kept = weights if keep is None else weights * keep
+  mixed = _product('bnqs,bnsd->bnqd', kept, value).astype(query.dtype)
+  biased = None if bias is None else ()
+  return mixed, (query, key, value, weights, mixed, keep, biased)
+
+
+def _mix_backward(saved, gradient):
+  query, key, value, weights, mixed, keep, biased = saved
+  dtype = query.dtype
+  by_weight = _product('bnqd,bnsd->bnqs', gradient, value)
+  kept = weights
+  if keep is not None:
+    by_weight *= keep.astype(jnp.float32)
+    kept *= keep
+  # The softmax takes off what all weights of a row have in common.
+  common = jnp.sum((mixed * gradient).astype(jnp.float32), -1, keepdims=True)
+  by_score = weights.astype(jnp.float32) * (by_weight - common)
+  narrow = by_score.astype(dtype)
+  return (
+    _product('bnqs,bnsd->bnqd', narrow, key).astype(dtype),
+    _product('bnqs,bnqd->bnsd', narrow, query).astype(dtype),
+    _product('bnqs,bnqd->bnsd', kept, gradient).astype(dtype),
+    None if biased is None else jnp.sum(by_score, 0, keepdims=True),
+    None,
+    None,
+  )
+
+
+mix.defvjp(_mix_forward, _mix_backward)
 
 
 class Attention(nn.Module):
@@ -43,19 +139,27 @@ class Attention(nn.Module):
   `inputs_q` in self-attention, the projections of `inputs_kv` in
   cross-attention (computed once, not at every step). Each later call takes one
   position, `cache_index`.
+
+  Few queries that look at much text need no keys and values of it: the
+  projections are taken from the text to the queries, (q Wk') x' and (w x) Wv
+  instead of q (x Wk)' and w (x Wv), which are the same numbers (`absorb`).
+  Where there are fewer queries than D it is less work, in decoding too, and no
+  cache is kept. Who acts on keys or values (`methods.Method.acts_on_keys`)
+  finds none then.
   """
 
   num_heads: int
   head_dim: int
   dropout_rate: float
   dtype: str = 'float32'
+  absorb: bool = False
 
   @nn.compact
   def __call__(
     self,
     inputs_q: Float[Array, 'B Q E'],
     inputs_kv: Float[Array, 'B S E'] | None,
-    mask: Bool[Array, '#B 1 #Q S'] | None,
+    mask: Mask | Bool[Array, '#B 1 #Q S'] | None,
     # As long as the keys that `attend` sees, which a method may add to.
     bias: Float[Array, '1 N Q _'] | None = None,
     *,
@@ -77,16 +181,26 @@ class Attention(nn.Module):
       return _normal(key, shape, dtype) * self.head_dim**-0.5
 
     query = project('query', inputs_q, query_init)  # [B, Q, N, D]
-    keys_from = inputs_q if is_self else inputs_kv
     cached = decode and self.has_variable('cache', 'cached_key')
-    if not (cached and not is_self):
-      key = project('key', keys_from)  # [B, S, N, D]
-      value = project('value', keys_from)
-    if decode:
+    if (
+      self.absorb
+      and not (is_self or cached or self.is_initializing())
+      and inputs_q.shape[1] < self.head_dim
+    ):
+      mixed = self._absorbed(query, inputs_kv, mask, deterministic)
+    else:
       if cached and not is_self:
         key = self.get_variable('cache', 'cached_key')
         value = self.get_variable('cache', 'cached_value')
-      elif cached:
+      else:
+        keys_from = inputs_q if is_self else inputs_kv
+        key = project('key', keys_from)  # [B, S, N, D]
+        value = project('value', keys_from)
+      if decode and not cached:
+        empty = jnp.zeros_like if is_self else lambda x: x
+        self.variable('cache', 'cached_key', empty, key)
+        self.variable('cache', 'cached_value', empty, value)
+      elif decode and is_self:
         at = (0, cache_index, 0, 0)
         key = jax.lax.dynamic_update_slice(
           self.get_variable('cache', 'cached_key'), key, at
@@ -96,14 +210,9 @@ class Attention(nn.Module):
         )
         self.put_variable('cache', 'cached_key', key)
         self.put_variable('cache', 'cached_value', value)
-      else:
-        empty = jnp.zeros_like if is_self else lambda x: x
-        self.variable('cache', 'cached_key', empty, key)
-        self.variable('cache', 'cached_value', empty, value)
-
-    mixed = self.attend(
-      query, key, value, mask, bias, deterministic=deterministic
-    )
+      mixed = self.attend(
+        query, key, value, mask, bias, deterministic=deterministic
+      )
     mixed = mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim)
     mixed = layers.constrain(mixed, 'batch', 'length', 'joined_kv')
     return layers.Dense(
@@ -118,23 +227,57 @@ class Attention(nn.Module):
     query: Float[Array, 'B Q N D'],
     key: Float[Array, 'B S N D'],
     value: Float[Array, 'B S N D'],
-    mask: Bool[Array, '#B 1 #Q S'] | None,
+    mask: Mask | Bool[Array, '#B 1 #Q S'] | None,
     bias: Float[Array, '1 N Q S'] | None,
     *,
     deterministic: bool,
   ) -> Float[Array, 'B Q N D']:
     """The values that each query's softmax over the keys mixes."""
-    scores = jnp.einsum(
-      'bqnd,bsnd->bnqs', query, key, preferred_element_type=jnp.float32
+    keep = self._keep(key.shape[:2], deterministic)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    return mix(query, key, value, bias, mask, keep).swapaxes(1, 2)
+
+  def _absorbed(
+    self,
+    query: Float[Array, 'B Q N D'],
+    inputs: Float[Array, 'B S E'],
+    mask: Bool[Array, '#B 1 #Q S'],
+    deterministic: bool,
+  ) -> Float[Array, 'B Q N D']:
+    """As `attend` with the keys and values of `inputs`, without those."""
+    batch, length, heads, size = query.shape
+
+    def kernel(name):  # [E, N, D], gathered where its rows are split
+      kernel = self.get_variable('params', name)['kernel'].astype(self.dtype)
+      kernel = kernel.reshape(-1, heads, size)
+      return layers.constrain(kernel, None, 'heads', 'kv')
+
+    query = jnp.einsum('bqnd,end->bnqe', query, kernel('key'))
+    query = layers.constrain(query, 'batch', 'heads', 'length', 'embed')
+    keep = self._keep(inputs.shape[:2], deterministic)
+    if keep is not None:
+      keep = jnp.repeat(keep, length, axis=2)  # [B, N, Q, S]
+      keep = keep.reshape(batch, 1, heads * length, -1)
+    mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, mask.shape[3]))
+    # The heads' queries are the many of one head as wide as the stream.
+    mixed = mix(
+      query.reshape(batch, 1, heads * length, -1),
+      inputs.astype(self.dtype)[:, None],
+      inputs.astype(self.dtype)[:, None],
+      None,
+      jnp.tile(mask, (1, 1, heads, 1)),
+      keep,
     )
-    if bias is not None:
-      scores += bias
-    if mask is not None:
-      # Added, not substituted: a row with nothing to look at keeps T5X's
-      # distribution instead of a uniform one.
-      scores += jnp.where(mask, 0.0, MASKED)
-    weights = jax.nn.softmax(scores).astype(self.dtype)
-    weights = layers.dropout(self.dropout_rate)(
-      weights, deterministic=deterministic
-    )
-    return jnp.einsum('bnqs,bsnd->bqnd', weights, value)
+    mixed = mixed.reshape(batch, heads, length, -1)
+    mixed = layers.constrain(mixed, 'batch', 'heads', 'length', 'embed')
+    return jnp.einsum('bnqe,end->bqnd', mixed, kernel('value'))
+
+  def _keep(
+    self, shape: tuple[int, int], deterministic: bool
+  ) -> Float[Array, 'B N 1 S'] | None:
+    """What dropout multiplies weights by; None: by nothing."""
+    if deterministic or not self.dropout_rate:
+      return None
+    batch, keys = shape
+    ones = jnp.ones((batch, self.num_heads, 1, keys), self.dtype)
+    return layers.dropout(self.dropout_rate)(ones, deterministic=False)

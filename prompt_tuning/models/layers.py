@@ -12,6 +12,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from prompt_tuning.models import quantization
+
 # Every kernel starts with variance 1 / fan_in, as in T5X.
 kernel_init = nn.initializers.variance_scaling(
   1.0, 'fan_in', 'truncated_normal'
@@ -74,7 +76,7 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*B I']) -> Float[Array, '*B O']:
     kernel = self.param('kernel', self.init, (x.shape[-1], self.features))
-    return x.astype(self.dtype) @ kernel.astype(self.dtype)
+    return quantization.matmul(x, kernel, self.dtype)
 
 
 class MLP(nn.Module):

@@ -30,7 +30,14 @@ Variables = Mapping[str, dict]
 
 @runtime_checkable
 class ActsOnNetwork(Protocol):
-  """What the model needs of a method (see `prompt_tuning.methods`)."""
+  """What the model needs of a method (see `prompt_tuning.methods`).
+
+  Attributes:
+    acts_on_keys: its interceptor looks at the keys or values of the attention
+      over the encoder, which are computed then.
+  """
+
+  acts_on_keys: bool
 
   def intercept(self, batch: Batch) -> Callable[..., Any] | None:
     """Flax's interceptor of the network's calls, for this batch."""
@@ -93,7 +100,8 @@ class EncoderDecoderModel:
 
   @functools.cached_property
   def module(self) -> network.Transformer:
-    return network.Transformer(self.config)
+    absorb = not any(method.acts_on_keys for method in self.methods)
+    return network.Transformer(self.config, absorb)
 
   def init_params(self, rng: jax.Array) -> dict:
     """Fresh parameters, float32."""

@@ -7,6 +7,7 @@ Parameter paths are T5X's (`encoder/layers_0/attention/query/kernel`,
 
 import dataclasses
 import functools
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -93,13 +94,16 @@ class T5Config:
       )
 
 
-def _attention(config: T5Config, name: str) -> attention.Attention:
+def _attention(
+  config: T5Config, name: str, **settings: Any
+) -> attention.Attention:
   return attention.Attention(
     config.num_heads,
     config.head_dim,
     config.dropout_rate,
     config.dtype,
     name=name,
+    **settings,
   )
 
 
@@ -142,6 +146,7 @@ class DecoderLayer(nn.Module):
   config: T5Config
   deterministic: bool
   decode: bool
+  absorb: bool = False
 
   @nn.compact
   def __call__(
@@ -166,7 +171,7 @@ class DecoderLayer(nn.Module):
     )
     x += layers.dropout(config.dropout_rate)(y, deterministic=deterministic)
     y = layers.RMSNorm(config.dtype, name='pre_cross_attention_layer_norm')(x)
-    y = _attention(config, 'encoder_decoder_attention')(
+    y = _attention(config, 'encoder_decoder_attention', absorb=self.absorb)(
       y,
       encoded,
       encoder_mask,
@@ -262,6 +267,7 @@ class Decoder(nn.Module):
   """
 
   config: T5Config
+  absorb: bool = False
 
   @nn.compact
   def __call__(
@@ -296,6 +302,7 @@ class Decoder(nn.Module):
       'decoder',
       deterministic=deterministic,
       decode=decode,
+      absorb=self.absorb,
     )(x.astype(config.dtype), encoded, mask, bias, encoder_mask, index)
     x = layers.RMSNorm(config.dtype, name='decoder_norm')(x)
     x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
@@ -330,15 +337,29 @@ class TokenEmbedder(nn.Module):
     return layers.constrain(x, 'batch', 'length', 'vocab')
 
 
+def _segments(
+  ids: Int[Array, 'B T'], segments: Int[Array, 'B T'] | None
+) -> Int[Array, 'B T']:
+  """Number of each position's example, 0 for padding (id 0)."""
+  return jnp.where(ids > 0, 1 if segments is None else segments, 0)
+
+
 class Transformer(nn.Module):
-  """T5; `encode` and `decode` are its halves, `__call__` runs both."""
+  """T5; `encode` and `decode` are its halves, `__call__` runs both.
+
+  Attributes:
+    config: of the network.
+    absorb: cross-attention may do without keys and values (see
+      `attention.Attention`); False where something acts on those.
+  """
 
   config: T5Config
+  absorb: bool = False
 
   def setup(self):
     self.token_embedder = TokenEmbedder(self.config)
     self.encoder = Encoder(self.config)
-    self.decoder = Decoder(self.config)
+    self.decoder = Decoder(self.config, self.absorb)
 
   def embed(self, ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:
     """Embeddings of the inputs."""
@@ -352,10 +373,8 @@ class Transformer(nn.Module):
     enable_dropout: bool = False,
   ) -> Float[Array, 'B T E']:
     """Encoder outputs; id 0 is padding, to be looked at by no token."""
-    valid = encoder_input_tokens > 0
-    mask = attention.padding_mask(valid, valid)
-    if encoder_segment_ids is not None:
-      mask &= attention.segment_mask(encoder_segment_ids, encoder_segment_ids)
+    segments = _segments(encoder_input_tokens, encoder_segment_ids)
+    mask = attention.Mask(segments, segments).array()
     return self.encoder(
       self.embed(encoder_input_tokens),
       mask,
@@ -388,19 +407,17 @@ class Transformer(nn.Module):
       cache_length: decode one token at a time, with room for so many. The call
         that finds no cache creates it, and its logits are of no use.
     """
-    valid = jnp.ones_like(decoder_input_tokens, bool)
-    if decoder_target_tokens is not None:
-      valid = decoder_target_tokens > 0
-    encoder_mask = attention.padding_mask(valid, encoder_input_tokens > 0)
+    seen = decoder_target_tokens
+    if seen is None:
+      seen = jnp.ones_like(decoder_input_tokens)
+    segments = _segments(seen, decoder_segment_ids)
+    encoder_mask = attention.Mask(
+      segments, _segments(encoder_input_tokens, encoder_segment_ids)
+    ).array()
     mask = None
     if cache_length is None:
-      mask = attention.padding_mask(valid, valid)
-      mask &= attention.causal_mask(valid.shape[1])
-      if decoder_segment_ids is not None:
-        mask &= attention.segment_mask(decoder_segment_ids, decoder_segment_ids)
-        encoder_mask &= attention.segment_mask(
-          decoder_segment_ids, encoder_segment_ids
-        )
+      positions = jnp.arange(seen.shape[1])
+      mask = attention.Mask(segments, segments, positions, positions).array()
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
       encoded,

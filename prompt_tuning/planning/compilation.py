@@ -28,6 +28,7 @@ from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.planning import hlo
 from prompt_tuning.planning.topologies import topology_devices
+from prompt_tuning.training import base as base_lib
 from prompt_tuning.training import mesh_choice
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
@@ -205,10 +206,8 @@ class Program:
   ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A jitted step of `STEPS` and the shapes of its arguments."""
     shapes = network.parameter_shapes(self.model.config)
-    base = jax.tree.map(
-      functools.partial(_shaped, dtype=jnp.dtype(self.workload.param_dtype)),
-      shapes,
-      layout.frozen(shapes),
+    base = base_lib.frozen_shapes(
+      shapes, layout.frozen(shapes), self.workload.param_dtype
     )
     frozen, batch = {parameters.PARAMS: base}, self._batch(layout)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -262,9 +261,8 @@ class Program:
     }
 
 
-def _shaped(leaf, sharding, dtype=None) -> jax.ShapeDtypeStruct:
-  dtype = leaf.dtype if dtype is None else dtype
-  return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+def _shaped(leaf, sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _exhausted(message: str) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import mesh_choice
 from prompt_tuning.training import partitioning
 from prompt_tuning.training import setup
+from prompt_tuning.training.base import FROZEN_DTYPES
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import check_vocabulary
 from prompt_tuning.training.base import storage_dtype
@@ -134,7 +135,7 @@ def load_for_job(
       model.config,
       methods,
       feature_lengths,
-      param_dtype=storage_dtype(dtype),
+      param_dtype=storage_dtype(dtype, FROZEN_DTYPES),
       trains=False,
       batch_size=batch_size,
       num_decodes=model.num_decodes,

@@ -19,28 +19,42 @@ from prompt_tuning.data.vocabularies import Vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
+from prompt_tuning.models import quantization
 from prompt_tuning.training import partitioning
 
 logger = logging.getLogger(__name__)
 
 STORAGE_DTYPES = ('float32', 'bfloat16')
+FROZEN_DTYPES = (*STORAGE_DTYPES, 'int8')
 
 
-def storage_dtype(dtype: str | None = None) -> str:
-  """How frozen weights are stored: as asked, else as the backend likes it.
+def storage_dtype(
+  dtype: str | None = None, known: Sequence[str] = STORAGE_DTYPES
+) -> str:
+  """How weights are stored: as asked, else as the backend likes it.
 
   bfloat16 on accelerators, float32 on CPU, where bfloat16 is slow.
 
+  Args:
+    dtype: asked for.
+    known: files have `STORAGE_DTYPES`; frozen weights in memory may be any of
+      `FROZEN_DTYPES` (int8 is that of `quantization`).
+
   Raises:
-    UserError: neither of `STORAGE_DTYPES`.
+    UserError: it is none of `known`.
   """
   if dtype is not None:
-    if dtype not in STORAGE_DTYPES:
+    if dtype not in known:
       raise UserError(
-        f'weights are stored as {" or ".join(STORAGE_DTYPES)}, got {dtype!r}'
+        f'weights are stored as {" or ".join(known)}, got {dtype!r}'
       )
     return dtype
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def dtype_beside_kernels(dtype: str) -> str:
+  """How what is no kernel is stored, where those are of this frozen type."""
+  return storage_dtype(None if dtype == 'int8' else dtype)
 
 
 class UnknownStepError(UserError):
@@ -160,7 +174,7 @@ class BaseCheckpoint:
     self._require_stated(config, self.stated.keys() - {'dropout_rate'})
     shapes = network.parameter_shapes(config)
     place = layout.params if trained else layout.frozen
-    dtype = 'float32' if trained else storage_dtype(dtype)
+    dtype = 'float32' if trained else storage_dtype(dtype, FROZEN_DTYPES)
     return load_params(self, shapes, dtype=dtype, shardings=place(shapes))
 
 
@@ -229,7 +243,8 @@ def load_params(
     base: where from.
     like: nested dict of ShapeDtypeStructs: what the model needs.
     dtype: of the result; None: as `like` says. This is where frozen weights
-      become bfloat16, if they do.
+      become bfloat16, if they do; 'int8' makes `quantization.Quantized` of
+      kernels, and leaves the others as the backend likes them.
     shardings: tree of shardings like `like`; None: the default device.
 
   Returns:
@@ -247,18 +262,50 @@ def load_params(
     flat_shardings = parameters.flatten(shardings)
   loaded = {}
   for path, spec in wanted.items():
+    rounds = dtype == 'int8' and quantization.can_be(path)
+    stored = spec.dtype
+    if dtype is not None:
+      stored = 'float32' if rounds else dtype_beside_kernels(dtype)
     # One host copy at a time: each array is on its device before the next.
-    loaded[path] = _placed(
-      found.pop(path),
-      jnp.dtype(spec.dtype if dtype is None else storage_dtype(dtype)),
-      flat_shardings.get(path),
+    array = _placed(
+      found.pop(path), jnp.dtype(stored), flat_shardings.get(path)
     )
+    loaded[path] = quantization.stored(array) if rounds else array
   _require_finite(base.path, loaded)
   return parameters.nest(loaded)
 
 
+def frozen_shapes(shapes: Any, places: Any, dtype: str) -> dict[str, Any]:
+  """What `load_params` would give, as ShapeDtypeStructs on their devices.
+
+  Args:
+    shapes: nested dict of the network's parameters.
+    places: as `shapes`, of their shardings.
+    dtype: of `FROZEN_DTYPES`.
+  """
+  places = parameters.flatten(places)
+  beside = jnp.dtype(dtype_beside_kernels(dtype))
+  found = {}
+  for path, like in parameters.flatten(shapes).items():
+    if dtype == 'int8' and quantization.can_be(path):
+      found[path] = jax.tree.map(
+        lambda one, place: jax.ShapeDtypeStruct(
+          one.shape, one.dtype, sharding=place
+        ),
+        jax.eval_shape(quantization.quantize, like),
+        quantization.of_place(places[path], len(like.shape)),
+      )
+    else:
+      found[path] = jax.ShapeDtypeStruct(
+        like.shape, beside, sharding=places[path]
+      )
+  return parameters.nest(found)
+
+
 @jax.jit  # in one kernel: no array of truth values beside the weights
-def _is_finite(array: jax.Array) -> jax.Array:
+def _is_finite(array: Any) -> jax.Array:
+  if isinstance(array, quantization.Quantized):
+    array = array.scale  # is made of all of the kernel
   return jnp.isfinite(array).all()
 
 

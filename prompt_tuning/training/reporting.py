@@ -19,6 +19,7 @@ import tensorboardX
 import prompt_tuning
 from prompt_tuning import files
 from prompt_tuning.errors import UserError
+from prompt_tuning.models import quantization
 
 logger = logging.getLogger(__name__)
 
@@ -242,8 +243,9 @@ def source_commit() -> str | None:
 
 
 def count_parameters(tree: Any) -> int:
-  """Scalars in all leaves."""
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+  """Scalars in all leaves; those of a quantized kernel without its scales."""
+  leaves = jax.tree.leaves(tree, is_leaf=quantization.is_quantized)
+  return sum(leaf.size for leaf in leaves)
 
 
 def per_token(sums: Mapping[str, Any]) -> dict[str, float]:

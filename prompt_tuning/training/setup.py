@@ -28,6 +28,7 @@ from prompt_tuning.training import hosts
 from prompt_tuning.training import identity
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
+from prompt_tuning.training.base import FROZEN_DTYPES
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import fingerprint
 from prompt_tuning.training.base import storage_dtype
@@ -97,7 +98,7 @@ def layout(
     model.config,
     model.methods,
     data.feature_lengths,
-    param_dtype=storage_dtype(frozen_dtype),
+    param_dtype=storage_dtype(frozen_dtype, FROZEN_DTYPES),
     batch_size=data.batch_size,
     microbatches=microbatches,
   )
@@ -224,7 +225,7 @@ def begin(
     optimizer=optimizers.build_optimizer(optimizer, 0.0, first_step, axes),
     learning_rate=learning_rate,
     microbatches=microbatches,
-    frozen_dtype=storage_dtype(frozen_dtype),
+    frozen_dtype=storage_dtype(frozen_dtype, FROZEN_DTYPES),
     **evaluations,
   )
   rates = rates_of(model.methods, trainable)

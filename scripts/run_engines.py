@@ -1,4 +1,4 @@
-"""The engines of benchmark.py, and what measures them in their own process.
+"""The engines of benchmark_runs.py, and what measures them in a process.
 
 A new engine is a function that does the `Work` and tells the `Meter` of steps
 and checkpoints, and an entry of ENGINES. Before an engine runs nothing but the

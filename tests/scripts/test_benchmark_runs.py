@@ -19,9 +19,9 @@ TINY = (
 @pytest.fixture
 def benchmark(monkeypatch):
   monkeypatch.syspath_prepend(SCRIPTS)
-  import benchmark
+  import benchmark_runs
 
-  return benchmark
+  return benchmark_runs
 
 
 def test_figures_become_a_table(benchmark, monkeypatch):
@@ -72,7 +72,7 @@ def test_our_engine_is_measured(tmp_path):
   file = tmp_path / 'figures.json'
   done = subprocess.run(
     [
-      *(sys.executable, SCRIPTS / 'benchmark.py', *TINY),
+      *(sys.executable, SCRIPTS / 'benchmark_runs.py', *TINY),
       *('--engines', 'ours', 'upstream', '--repetitions', '1'),
       *('--sources', tmp_path, '--json', file),
     ],
