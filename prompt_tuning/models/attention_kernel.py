@@ -18,11 +18,11 @@ Compiled for TPUs (Mosaic); for GPUs (Triton) lowered to Triton's language and
 run by Pallas's interpreter, but never compiled.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -41,7 +41,8 @@ _MASKED = -1e10
 # What a maximum starts at: a masked score beside it weighs exactly nothing, so
 # a query with nothing to look at gets zeros, and gives no gradient.
 _LOWEST = _MASKED / 2
-_LANES = 128
+# What a TPU's registers hold.
+_LANES, _SUBLANES = 128, 8
 
 
 def attention(
@@ -96,9 +97,12 @@ def attention(
     UserError: unknown backend, or blocks that it cannot take.
   """
   batch, queries, heads, head_dim = query.shape
-  plan = _plan(query.shape, key.shape[1], block_q, block_k, backend)
-  plan = dataclasses.replace(
-    plan, key_offset=key_offset, causal=causal, interpret=interpret
+  plan = _Plan(
+    **_blocks(query.shape, key.shape[1], block_q, block_k, backend),
+    backend=backend,
+    key_offset=key_offset,
+    causal=causal,
+    interpret=interpret,
   )
 
   def whole(x, length):
@@ -107,18 +111,16 @@ def attention(
 
   biases = ()
   if table is not None:
-    # [G, H, Q + S]: of query minus key from 1 - S on; the last is never read.
     distance = jnp.arange(plan.keys - 1, -plan.queries - 1, -1) + key_offset
     bucket = layers.relative_position_bucket(
-      distance,
+      distance[None] + jnp.arange(_SUBLANES)[:, None],
       bidirectional=bidirectional,
       num_buckets=table.shape[1],
       max_distance=max_distance,
     )
     table = jax.lax.stop_gradient(table).astype(jnp.float32)
-    biases = (table[:, bucket].reshape(-1, plan.group, bucket.size),)
-  mixed = _attend(
-    plan,
+    biases = (table[:, bucket],)
+  inputs = _Inputs(
     whole(query, plan.queries),
     whole(key, plan.keys),
     whole(value, plan.keys),
@@ -126,7 +128,8 @@ def attention(
     whole(query_segments, plan.queries).reshape(batch, 1, -1),
     whole(key_segments, plan.keys),
   )
-  return mixed[:, :queries].reshape(batch, queries, heads, head_dim)
+  mixed = _attend(plan, inputs)[:, :queries]
+  return mixed.reshape(batch, queries, heads, head_dim)
 
 
 def sharded_attention(
@@ -155,29 +158,22 @@ def sharded_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """How a call is cut up; lengths are those of whole blocks.
+  """How a call is cut up; `queries` and `keys` are in whole blocks.
 
-  Attributes:
-    group: H, heads of a block.
-    head_dim: D.
-    queries: Q, all of them.
-    keys: S.
-    block_q: queries of a tile.
-    block_k: keys of a tile.
-    backend: of `BACKENDS`.
-    key_offset: see `attention`, as for the others.
+  A reference to bias has [H, 8, Q + S]: of query minus key from 1 - S on, in
+  row r moved right by r.
   """
 
-  group: int
+  group: int  # heads of a block, H
   head_dim: int
   queries: int
   keys: int
   block_q: int
   block_k: int
   backend: str
-  key_offset: int = 0
-  causal: bool = False
-  interpret: bool = False
+  key_offset: int
+  causal: bool
+  interpret: bool
 
   def head(self, x: jax.Array, h: int) -> jax.Array:
     """[_, H*D] with the columns of other heads than the block's h-th zeroed."""
@@ -188,7 +184,7 @@ class _Plan:
     return jnp.where(own, x, jnp.zeros_like(x))
 
   def rows(self, x: jax.Array, h: int) -> jax.Array:
-    """[H*D, _] to the rows of the block's h-th head."""
+    """[H*D, _] to the D rows of the block's h-th head."""
     if self.group == 1:
       return x
     return x[h * self.head_dim : (h + 1) * self.head_dim]
@@ -198,10 +194,8 @@ class _Plan:
     same = (key_segments == query_segments) | (key_segments == ANY_SEGMENT)
     seen = same & (query_segments > 0)
     if self.causal:
-      row = jax.lax.broadcasted_iota(jnp.int32, seen.shape, 0)
-      column = jax.lax.broadcasted_iota(jnp.int32, seen.shape, 1)
-      first = j * self.block_k + self.key_offset - i * self.block_q
-      seen &= first + row <= column
+      before = self._queries_less_keys() + i * self.block_q - j * self.block_k
+      seen &= before >= self.key_offset
     return seen
 
   def scores(self, i, j, h, query, key, biases, seen) -> jax.Array:
@@ -211,40 +205,55 @@ class _Plan:
       scores += self._bias(bias, i, j, h)
     return jnp.where(seen, scores, _MASKED)
 
-  def _bias(self, bias, i, j, h) -> jax.Array:
-    """A tile of bias[h, query - key + S - 1], of a reference to [H, Q + S]."""
-    first = i * self.block_q - j * self.block_k + self.keys
+  def _queries_less_keys(self) -> jax.Array:
     shape = (self.block_k, self.block_q)
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return column - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+
+  def _bias(self, bias, i, j, h) -> jax.Array:
+    """[block_k, block_q] of a reference to bias."""
+    first = i * self.block_q - j * self.block_k + self.keys
     if self.backend == 'gpu':
-      row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-      column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-      return bias[h, first - 1 + column - row]
-    count = math.gcd(self.block_k, _LANES)
-    tiles = []
-    for row in range(0, self.block_k, count):
-      # Row r of the tile wants the window from `count - 1 - r` on. Moved right
-      # by r + 1, every row has it from `count` on.
-      start = pl.multiple_of(first - row - count, count)
-      window = bias[pl.ds(h, 1), pl.ds(start, count + self.block_q)]
-      window = jnp.broadcast_to(window, (count, count + self.block_q))
-      tile = pltpu.roll(window, 1, 1, stride=1, stride_axis=0)
-      tiles.append(tile[:, count:])
-    return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles)
+      return bias[h, 0, first - 1 + self._queries_less_keys()]
+    # A TPU loads from whole lanes on. Eight rows have one window, moved on by
+    # their rows; the next eight want it eight further to the left.
+    count, rows = math.gcd(self.block_k, _LANES), []
+    for top in range(count, self.block_k + 1, count):
+      at = pl.ds(pl.multiple_of(first - top, count), count + self.block_q)
+      window = bias[h, :, at]
+      for left in range(count - 1, 0, -_SUBLANES):
+        rows.append(window[:, left : left + self.block_q])
+    return jnp.concatenate(rows)
 
   def key_blocks(self, i) -> Any:
     """How many blocks of keys the i-th block of queries may look at."""
     blocks = self.keys // self.block_k
     if not self.causal:
       return blocks
-    last = (i + 1) * self.block_q - self.key_offset - 1
-    return jnp.clip(last // self.block_k + 1, 0, blocks)
+    seen = jnp.maximum((i + 1) * self.block_q - self.key_offset, 0)
+    return jnp.minimum(
+      jax.lax.div(seen + self.block_k - 1, self.block_k), blocks
+    )
 
   def first_query_block(self, j) -> Any:
     """The first block of queries that may look at the j-th block of keys."""
     if not self.causal:
       return 0
-    first = j * self.block_k + self.key_offset
-    return jnp.clip(first // self.block_q, 0, self.queries // self.block_q)
+    first = jnp.maximum(j * self.block_k + self.key_offset, 0)
+    return jnp.minimum(
+      jax.lax.div(first, self.block_q), self.queries // self.block_q
+    )
+
+
+class _Inputs(NamedTuple):
+  """What each kernel looks at; arrays, references or how they are cut."""
+
+  query: Any  # [B, Q, N*D]
+  key: Any  # [B, S, N*D]
+  value: Any
+  biases: tuple  # none, or one of [N, 8, Q + S]
+  query_segments: Any  # [B, 1, Q]
+  key_segments: Any  # [B, S, 1]
 
 
 def _product(a: jax.Array, b: jax.Array, at_a: int, at_b: int) -> jax.Array:
@@ -258,19 +267,23 @@ def _block(index, size: int) -> Any:
   return pl.ds(pl.multiple_of(index * size, size), size)
 
 
-def _forward_kernel(
-  plan, query, key, value, biases, query_segments, key_segments, mixed, lse
-):
+def _joined(heads: Sequence[jax.Array]) -> jax.Array:
+  """[_, H*D] of [D, _] for each head."""
+  return (heads[0] if len(heads) == 1 else jnp.concatenate(heads)).T
+
+
+def _forward(plan: _Plan, x: _Inputs, mixed, lse):
+  """A block of queries: mixed [block_q, H*D], lse [H, block_q]."""
   i = pl.program_id(2)
-  queries = [plan.head(query[...], h) for h in range(plan.group)]
+  queries = [plan.head(x.query[...], h) for h in range(plan.group)]
 
   def step(j, carry):
     at = _block(j, plan.block_k)
-    keys, values = key[at, :], value[at, :].T
-    seen = plan.seen(i, j, query_segments[...], key_segments[at, :])
+    keys, values = x.key[at, :], x.value[at, :].T
+    seen = plan.seen(i, j, x.query_segments[...], x.key_segments[at, :])
     new = []
     for h, (highest, total, sums) in enumerate(carry):
-      scores = plan.scores(i, j, h, queries[h], keys, biases, seen)
+      scores = plan.scores(i, j, h, queries[h], keys, x.biases, seen)
       before, highest = highest, jnp.maximum(highest, scores.max(0)[None])
       weights = jnp.exp(scores - highest)
       shrunk = jnp.exp(before - highest)
@@ -292,79 +305,58 @@ def _forward_kernel(
   mixed[...] = _joined(means).astype(mixed.dtype)
 
 
-def _joined(heads: list[jax.Array]) -> jax.Array:
-  """[_, H*D] of [D, _] for each head."""
-  return (heads[0] if len(heads) == 1 else jnp.concatenate(heads)).T
+def _query_gradient(plan, x: _Inputs, gradient, lse, mixed, by_query, common):
+  """A block of queries: by_query [block_q, H*D], common [H, block_q].
 
-
-def _query_gradient_kernel(
-  plan,
-  query,
-  key,
-  value,
-  biases,
-  query_segments,
-  key_segments,
-  gradient,
-  lse,
-  common,
-  by_query,
-):
+  `common` is what the softmax takes off all that comes back to a query.
+  """
   i = pl.program_id(2)
-  queries = [plan.head(query[...], h) for h in range(plan.group)]
+  queries = [plan.head(x.query[...], h) for h in range(plan.group)]
   gradients = [plan.head(gradient[...], h) for h in range(plan.group)]
+  of_mixed = gradient[...].astype(jnp.float32) * mixed[...].astype(jnp.float32)
+  of_mixed = of_mixed.T
+  commons = [plan.rows(of_mixed, h).sum(0)[None] for h in range(plan.group)]
 
   def step(j, carry):
     at = _block(j, plan.block_k)
-    keys, values = key[at, :], value[at, :]
+    keys, values = x.key[at, :], x.value[at, :]
     columns = keys.T
-    seen = plan.seen(i, j, query_segments[...], key_segments[at, :])
+    seen = plan.seen(i, j, x.query_segments[...], x.key_segments[at, :])
     new = []
     for h, sums in enumerate(carry):
-      row = pl.ds(h, 1)
-      scores = plan.scores(i, j, h, queries[h], keys, biases, seen)
-      weights = jnp.exp(scores - lse[row, :])
+      scores = plan.scores(i, j, h, queries[h], keys, x.biases, seen)
+      weights = jnp.exp(scores - lse[pl.ds(h, 1), :])
       by_weight = _product(values, gradients[h], 1, 1)
-      by_score = (weights * (by_weight - common[row, :])).astype(keys.dtype)
+      by_score = (weights * (by_weight - commons[h])).astype(keys.dtype)
       new.append(sums + _product(plan.rows(columns, h), by_score, 1, 0))
     return tuple(new)
 
   sums = jnp.zeros((plan.head_dim, plan.block_q), jnp.float32)
   sums = jax.lax.fori_loop(0, plan.key_blocks(i), step, (sums,) * plan.group)
-  by_query[...] = _joined(list(sums)).astype(by_query.dtype)
+  by_query[...] = _joined(sums).astype(by_query.dtype)
+  for h in range(plan.group):
+    common[pl.ds(h, 1), :] = commons[h]
 
 
-def _key_gradient_kernel(
-  plan,
-  query,
-  key,
-  value,
-  biases,
-  query_segments,
-  key_segments,
-  gradient,
-  lse,
-  common,
-  by_key,
-  by_value,
-):
+def _key_gradient(plan, x: _Inputs, gradient, lse, common, by_key, by_value):
+  """A block of keys: by_key and by_value [block_k, H*D]."""
   j = pl.program_id(2)
-  keys, values = key[...], value[...]
+  keys, values = x.key[...], x.value[...]
 
   def step(i, carry):
     to_key, to_value = carry
     at = _block(i, plan.block_q)
-    seen = plan.seen(i, j, query_segments[:, at], key_segments[...])
+    seen = plan.seen(i, j, x.query_segments[:, at], x.key_segments[...])
     for h in range(plan.group):
       row = pl.ds(h, 1)
-      own = plan.head(query[at, :], h)
-      given = plan.head(gradient[at, :], h)
-      scores = plan.scores(i, j, h, own, keys, biases, seen)
+      query = plan.head(x.query[at, :], h)
+      own = plan.head(gradient[at, :], h)
+      scores = plan.scores(i, j, h, query, keys, x.biases, seen)
       weights = jnp.exp(scores - lse[row, at])
-      by_weight = _product(values, given, 1, 1)
-      by_score = (weights * (by_weight - common[row, at])).astype(own.dtype)
-      to_key += _product(by_score, own, 1, 0)
-      to_value += _product(weights.astype(given.dtype), given, 1, 0)
+      by_weight = _product(values, own, 1, 1)
+      by_score = (weights * (by_weight - common[row, at])).astype(query.dtype)
+      to_key += _product(by_score, query, 1, 0)
+      to_value += _product(weights.astype(own.dtype), own, 1, 0)
     return to_key, to_value
 
   none = jnp.zeros(keys.shape, jnp.float32)
@@ -375,143 +367,106 @@ def _key_gradient_kernel(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, query, key, value, biases, query_segments, key_segments):
-  """[B, Q, N*D] of such, of biases [G, H, Q + S] and segments."""
-  arguments = query, key, value, biases, query_segments, key_segments
-  return _attend_forward(plan, *arguments)[0]
+def _attend(plan: _Plan, x: _Inputs) -> Float[Array, 'B Q _']:
+  return _attend_forward(plan, x)[0]
 
 
-def _attend_forward(plan, query, *others):
-  arguments = query, *others
-  mixed, lse = _call(
-    _forward_kernel, plan, 'query', ('query', 'row'), arguments
-  )
-  return mixed, (*arguments, mixed, lse)
+def _attend_forward(plan, x):
+  mixed, lse = _call(_forward, plan, 'query', ('query', 'row'), 2, x)
+  return mixed, (x, lse, mixed)
 
 
 def _attend_backward(plan, saved, gradient):
-  *arguments, mixed, lse = saved
-  # The softmax takes off what all weights of a query have in common.
-  common = gradient.astype(jnp.float32) * mixed.astype(jnp.float32)
-  heads = (*common.shape[:2], -1, plan.group, plan.head_dim)
-  common = jnp.moveaxis(common.reshape(heads).sum(-1), 1, -1)
-  arguments = (*arguments, gradient, lse, common)
-  (by_query,) = _call(
-    _query_gradient_kernel, plan, 'query', ('query',), arguments
+  x, lse, mixed = saved
+  others = ('query', 'row', 'query'), (gradient, lse, mixed)
+  by_query, common = _call(
+    _query_gradient, plan, 'query', ('query', 'row'), 3, x, *others
   )
+  others = ('query', 'row', 'row'), (gradient, lse, common)
   by_key, by_value = _call(
-    _key_gradient_kernel, plan, 'key', ('key', 'key'), arguments
+    _key_gradient, plan, 'key', ('key', 'key'), 4, x, *others
   )
-  return by_query, by_key, by_value, (None,) * len(saved[3]), None, None
+  return (
+    _Inputs(by_query, by_key, by_value, (None,) * len(x.biases), None, None),
+  )
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# Products of matrices for each tile.
-_PRODUCTS = {
-  _forward_kernel: 2,
-  _query_gradient_kernel: 3,
-  _key_gradient_kernel: 4,
-}
-
-
-def _call(
-  kernel: Callable[..., None],
-  plan: _Plan,
-  cut: str,
-  results: tuple[str, ...],
-  arguments: tuple[Any, ...],
-) -> list[jax.Array]:
+def _call(kernel, plan, cut, results, products, x, names=(), arrays=()):
   """Runs a kernel for each example, group of heads and block.
 
   Args:
-    kernel: takes the plan, then references to blocks of arguments and results.
+    kernel: takes the plan, then references to blocks of x, arrays and results.
     plan: see there.
     cut: 'query' or 'key': which come a block at a time; of the other the kernel
       has all.
-    results: what it makes, of 'query', 'key' (arrays like these) and 'row'
-      (float32, [B, G, H, Q]).
-    arguments: query, key, value, biases, segments of queries and of keys; for a
-      gradient then that of the output, and the rows `lse` and `common`.
+    results: what it makes, of 'query', 'key' (such arrays) and 'row' (float32
+      [B, G, H, Q]).
+    products: of matrices for each tile, for the compiler's schedule.
+    x: arrays.
+    names: of `results`'s kinds, what the arrays are.
+    arrays: what it takes beside x.
   """
-  query, key, _, biases = arguments[:4]
-  batch, width = len(query), plan.group * plan.head_dim
-  groups = query.shape[2] // width
-  at_q, at_k = int(cut == 'query'), int(cut == 'key')
-  some_q = plan.block_q if at_q else plan.queries
-  some_k = plan.block_k if at_k else plan.keys
+  batch, width = len(x.query), plan.group * plan.head_dim
+  groups = x.query.shape[2] // width
+  q, k = int(cut == 'query'), int(cut == 'key')
+  size_q = plan.block_q if q else plan.queries
+  size_k = plan.block_k if k else plan.keys
   row = (batch, groups, plan.group, plan.queries)
   shapes = {
-    'query': jax.ShapeDtypeStruct(query.shape, query.dtype),
-    'key': jax.ShapeDtypeStruct(key.shape, key.dtype),
+    'query': jax.ShapeDtypeStruct(x.query.shape, x.query.dtype),
+    'key': jax.ShapeDtypeStruct(x.key.shape, x.key.dtype),
     'row': jax.ShapeDtypeStruct(row, jnp.float32),
   }
   specs = {
-    'query': pl.BlockSpec(
-      (None, some_q, width), lambda b, g, i: (b, i * at_q, g)
-    ),
-    'key': pl.BlockSpec(
-      (None, some_k, width), lambda b, g, i: (b, i * at_k, g)
-    ),
-    'bias': pl.BlockSpec(
-      (None, plan.group, plan.queries + plan.keys), lambda b, g, i: (g, 0, 0)
-    ),
-    'query_segments': pl.BlockSpec(
-      (None, 1, some_q), lambda b, g, i: (b, 0, i * at_q)
-    ),
-    'key_segments': pl.BlockSpec(
-      (None, some_k, 1), lambda b, g, i: (b, i * at_k, 0)
-    ),
+    'query': pl.BlockSpec((None, size_q, width), lambda b, g, i: (b, i * q, g)),
+    'key': pl.BlockSpec((None, size_k, width), lambda b, g, i: (b, i * k, g)),
     'row': pl.BlockSpec(
-      (None, None, plan.group, some_q), lambda b, g, i: (b, g, 0, i * at_q)
+      (None, None, plan.group, size_q), lambda b, g, i: (b, g, 0, i * q)
     ),
   }
-  names = ('query', 'key', 'key', 'bias', 'query_segments', 'key_segments')
-  names = (*names, 'query', 'row', 'row')[: len(arguments)]
+  bias = (plan.group, _SUBLANES, plan.queries + plan.keys)
+  inputs = _Inputs(
+    *(specs['query'], specs['key'], specs['key']),
+    (pl.BlockSpec(bias, lambda b, g, i: (g, 0, 0)),) * len(x.biases),
+    pl.BlockSpec((None, 1, size_q), lambda b, g, i: (b, 0, i * q)),
+    pl.BlockSpec((None, size_k, 1), lambda b, g, i: (b, i * k, 0)),
+  )
   weights = batch * groups * plan.group * plan.queries * plan.keys
-  moved = [*jax.tree.leaves(arguments), *(shapes[name] for name in results)]
-  blocks = plan.queries // plan.block_q if at_q else plan.keys // plan.block_k
+  moved = jax.tree.leaves((x, arrays, [shapes[name] for name in results]))
+  blocks = plan.queries // plan.block_q if q else plan.keys // plan.block_k
   params = pltriton.CompilerParams(num_warps=4, num_stages=2)
   if plan.backend == 'tpu':
     params = pltpu.CompilerParams(dimension_semantics=('parallel',) * 3)
   return pl.pallas_call(
     functools.partial(kernel, plan),
-    name=kernel.__name__.strip('_'),
+    name=f'attention{kernel.__name__}',
     grid=(batch, groups, blocks),
-    in_specs=[
-      (specs[name],) * len(biases) if name == 'bias' else specs[name]
-      for name in names
-    ],
+    in_specs=[inputs, *(specs[name] for name in names)],
     out_specs=[specs[name] for name in results],
     out_shape=[shapes[name] for name in results],
     compiler_params=params,
     cost_estimate=pl.CostEstimate(
-      flops=2 * _PRODUCTS[kernel] * weights * plan.head_dim,
+      flops=2 * products * weights * plan.head_dim,
       transcendentals=weights,
-      bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
+      bytes_accessed=sum(one.size * one.dtype.itemsize for one in moved),
     ),
     interpret=plan.interpret,
-  )(*arguments)
+  )(x, *arrays)
 
 
-def _plan(shape, keys: int, block_q, block_k, backend: str) -> _Plan:
-  """Cuts `keys` keys and a query of this shape into blocks."""
+def _blocks(shape, keys: int, block_q, block_k, backend: str) -> dict[str, int]:
+  """How a query of this shape and so many keys are cut, by `_Plan`'s names."""
   _, queries, heads, head_dim = shape
-  if backend not in BACKENDS:
-    raise UserError(
-      f'backend must be one of {", ".join(BACKENDS)}, got {backend!r}'
-    )
   if backend == 'gpu':
     group, block_q, block_k = 1, block_q or 64, block_k or 64
-    for name, size in (('block_q', block_q), ('block_k', block_k)):
+    powers = {'block_q': block_q, 'block_k': block_k, 'head_dim': head_dim}
+    for name, size in powers.items():
       if size & (size - 1):
         raise UserError(f'{name} must be a power of 2 on a GPU, got {size}')
-    if head_dim & (head_dim - 1):
-      raise UserError(
-        f'the head dimension must be a power of 2 on a GPU, got {head_dim}'
-      )
-  else:
+  elif backend == 'tpu':
     # A block's columns are whole lanes, or all that there are.
     fitting = (
       h for h in range(1, heads) if heads % h == 0 == h * head_dim % _LANES
@@ -519,15 +474,20 @@ def _plan(shape, keys: int, block_q, block_k, backend: str) -> _Plan:
     group = next(fitting, heads)
     block_q = block_q or _whole_blocks(queries, 8)
     block_k = block_k or _whole_blocks(keys, 2)
-  return _Plan(
-    group=group,
-    head_dim=head_dim,
-    queries=-(-queries // block_q) * block_q,
-    keys=-(-keys // block_k) * block_k,
-    block_q=block_q,
-    block_k=block_k,
-    backend=backend,
-  )
+    if block_k % _SUBLANES:
+      raise UserError(f'block_k must be a multiple of 8, got {block_k}')
+  else:
+    raise UserError(
+      f'backend must be one of {", ".join(BACKENDS)}, got {backend!r}'
+    )
+  return {
+    'group': group,
+    'head_dim': head_dim,
+    'queries': -(-queries // block_q) * block_q,
+    'keys': -(-keys // block_k) * block_k,
+    'block_q': block_q,
+    'block_k': block_k,
+  }
 
 
 def _whole_blocks(length: int, most: int) -> int:
