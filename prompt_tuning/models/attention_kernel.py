@@ -97,11 +97,20 @@ def attention(
     UserError: unknown backend, or blocks that it cannot take.
   """
   batch, queries, heads, head_dim = query.shape
+  keys = key.shape[1]
+  group, block_q, block_k = _blocks(
+    backend, interpret, heads, head_dim, (queries, block_q), (keys, block_k)
+  )
   plan = _Plan(
-    **_blocks(query.shape, key.shape[1], block_q, block_k, backend),
-    backend=backend,
+    group=group,
+    head_dim=head_dim,
+    queries=pl.cdiv(queries, block_q) * block_q,
+    keys=pl.cdiv(keys, block_k) * block_k,
+    block_q=block_q,
+    block_k=block_k,
     key_offset=key_offset,
     causal=causal,
+    backend=backend,
     interpret=interpret,
   )
 
@@ -170,9 +179,9 @@ class _Plan:
   keys: int
   block_q: int
   block_k: int
-  backend: str
   key_offset: int
   causal: bool
+  backend: str
   interpret: bool
 
   def head(self, x: jax.Array, h: int) -> jax.Array:
@@ -224,25 +233,6 @@ class _Plan:
       for left in range(count - 1, 0, -_SUBLANES):
         rows.append(window[:, left : left + self.block_q])
     return jnp.concatenate(rows)
-
-  def key_blocks(self, i) -> Any:
-    """How many blocks of keys the i-th block of queries may look at."""
-    blocks = self.keys // self.block_k
-    if not self.causal:
-      return blocks
-    seen = jnp.maximum((i + 1) * self.block_q - self.key_offset, 0)
-    return jnp.minimum(
-      jax.lax.div(seen + self.block_k - 1, self.block_k), blocks
-    )
-
-  def first_query_block(self, j) -> Any:
-    """The first block of queries that may look at the j-th block of keys."""
-    if not self.causal:
-      return 0
-    first = jnp.maximum(j * self.block_k + self.key_offset, 0)
-    return jnp.minimum(
-      jax.lax.div(first, self.block_q), self.queries // self.block_q
-    )
 
 
 class _Inputs(NamedTuple):
@@ -296,7 +286,7 @@ def _forward(plan: _Plan, x: _Inputs, mixed, lse):
   none = jnp.zeros((1, plan.block_q), jnp.float32)
   sums = jnp.zeros((plan.head_dim, plan.block_q), jnp.float32)
   carry = ((none + _LOWEST, none, sums),) * plan.group
-  carry = jax.lax.fori_loop(0, plan.key_blocks(i), step, carry)
+  carry = jax.lax.fori_loop(0, plan.keys // plan.block_k, step, carry)
   means = []
   for h, (highest, total, sums) in enumerate(carry):
     total = jnp.where(total == 0, 1.0, total)
@@ -332,7 +322,8 @@ def _query_gradient(plan, x: _Inputs, gradient, lse, mixed, by_query, common):
     return tuple(new)
 
   sums = jnp.zeros((plan.head_dim, plan.block_q), jnp.float32)
-  sums = jax.lax.fori_loop(0, plan.key_blocks(i), step, (sums,) * plan.group)
+  blocks = plan.keys // plan.block_k
+  sums = jax.lax.fori_loop(0, blocks, step, (sums,) * plan.group)
   by_query[...] = _joined(sums).astype(by_query.dtype)
   for h in range(plan.group):
     common[pl.ds(h, 1), :] = commons[h]
@@ -360,8 +351,8 @@ def _key_gradient(plan, x: _Inputs, gradient, lse, common, by_key, by_value):
     return to_key, to_value
 
   none = jnp.zeros(keys.shape, jnp.float32)
-  first, end = plan.first_query_block(j), plan.queries // plan.block_q
-  to_key, to_value = jax.lax.fori_loop(first, end, step, (none, none))
+  blocks = plan.queries // plan.block_q
+  to_key, to_value = jax.lax.fori_loop(0, blocks, step, (none, none))
   by_key[...] = to_key.astype(by_key.dtype)
   by_value[...] = to_value.astype(by_value.dtype)
 
@@ -457,37 +448,45 @@ def _call(kernel, plan, cut, results, products, x, names=(), arrays=()):
   )(x, *arrays)
 
 
-def _blocks(shape, keys: int, block_q, block_k, backend: str) -> dict[str, int]:
-  """How a query of this shape and so many keys are cut, by `_Plan`'s names."""
-  _, queries, heads, head_dim = shape
-  if backend == 'gpu':
-    group, block_q, block_k = 1, block_q or 64, block_k or 64
-    powers = {'block_q': block_q, 'block_k': block_k, 'head_dim': head_dim}
-    for name, size in powers.items():
-      if size & (size - 1):
-        raise UserError(f'{name} must be a power of 2 on a GPU, got {size}')
-  elif backend == 'tpu':
+def _blocks(
+  backend: str, interpret: bool, heads: int, head_dim: int, queries, keys
+) -> tuple[int, int, int]:
+  """(heads of a block, queries of a tile, keys of a tile).
+
+  Args:
+    backend: see `attention`.
+    interpret: likewise.
+    heads: N.
+    head_dim: D.
+    queries: (how many there are, how many of a tile are asked for or None).
+    keys: likewise.
+  """
+  if backend == 'tpu':
     # A block's columns are whole lanes, or all that there are.
     fitting = (
       h for h in range(1, heads) if heads % h == 0 == h * head_dim % _LANES
     )
-    group = next(fitting, heads)
-    block_q = block_q or _whole_blocks(queries, 8)
-    block_k = block_k or _whole_blocks(keys, 2)
-    if block_k % _SUBLANES:
-      raise UserError(f'block_k must be a multiple of 8, got {block_k}')
+    group, step = next(fitting, heads), _SUBLANES if interpret else _LANES
+    block_q = queries[1] or _whole_blocks(queries[0], 8)
+    block_k = keys[1] or _whole_blocks(keys[0], 2)
+    if block_q % step or block_k % step:
+      raise UserError(
+        f'block_q and block_k must be multiples of {step} on a TPU, got'
+        f' {block_q} and {block_k}'
+      )
+  elif backend == 'gpu':
+    group, block_q, block_k = 1, queries[1] or 64, keys[1] or 64
+    for size in (block_q, block_k, head_dim):
+      if size & (size - 1):
+        raise UserError(
+          'block_q, block_k and the head dimension must be powers of 2 on a'
+          f' GPU, got {size}'
+        )
   else:
     raise UserError(
       f'backend must be one of {", ".join(BACKENDS)}, got {backend!r}'
     )
-  return {
-    'group': group,
-    'head_dim': head_dim,
-    'queries': -(-queries // block_q) * block_q,
-    'keys': -(-keys // block_k) * block_k,
-    'block_q': block_q,
-    'block_k': block_k,
-  }
+  return group, block_q, block_k
 
 
 def _whole_blocks(length: int, most: int) -> int:
