@@ -11,11 +11,13 @@ side, as the projections leave them, [B, T, N*D]: a block is so many heads as
 fill the 128 lanes, and one head of them is had by zeroing the others.
 
 The bias depends on key minus query alone. Outside of the kernel it is a vector
-of the distances for each head (linear in the length); a tile of it is one
-window of that vector, every row of it moved one on.
+of all distances for each head (linear in the length); a row of a tile is a
+window of that vector, and the next row the window beside it.
 
-Compiled for TPUs (Mosaic); for GPUs (Triton) lowered to Triton's language and
-run by Pallas's interpreter, but never compiled.
+Compiled for TPUs from v4 on (by Mosaic, which multiplies no bfloat16 on v2 and
+v3) and for A100 and H100 (by Triton); run by Pallas's interpreter alone so far.
+Keys and values of a block of heads are on chip as a whole, and so are queries
+in the kernel of their gradient: 8192 positions fit a v5e.
 """
 
 from collections.abc import Sequence
@@ -145,12 +147,7 @@ def sharded_attention(
   mesh: jax.sharding.Mesh,
   batch_axes: str | tuple[str, ...] | None,
   head_axes: str | tuple[str, ...] | None,
-  query: Float[Array, 'B Q N D'],
-  key: Float[Array, 'B S N D'],
-  value: Float[Array, 'B S N D'],
-  table: Float[Array, 'N _'] | None,
-  query_segments: Int[Array, 'B Q'],
-  key_segments: Int[Array, 'B S'],
+  *arrays: Array | None,
   **settings: Any,
 ) -> Float[Array, 'B Q N D']:
   """`attention` with batch and heads split over these axes of a mesh."""
@@ -162,15 +159,14 @@ def sharded_attention(
     in_specs=(heads, heads, heads, split(head_axes), rows, rows),
     out_specs=heads,
     check_vma=False,  # a Pallas call does not say over what it varies
-  )(query, key, value, table, query_segments, key_segments)
+  )(*arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
   """How a call is cut up; `queries` and `keys` are in whole blocks.
 
-  A reference to bias has [H, 8, Q + S]: of query minus key from 1 - S on, in
-  row r moved right by r.
+  Of a call's parts i is the block of queries, j that of keys, h the head.
   """
 
   group: int  # heads of a block, H
@@ -194,8 +190,6 @@ class _Plan:
 
   def rows(self, x: jax.Array, h: int) -> jax.Array:
     """[H*D, _] to the D rows of the block's h-th head."""
-    if self.group == 1:
-      return x
     return x[h * self.head_dim : (h + 1) * self.head_dim]
 
   def seen(self, i, j, query_segments, key_segments) -> jax.Array:
@@ -220,7 +214,10 @@ class _Plan:
     return column - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
 
   def _bias(self, bias, i, j, h) -> jax.Array:
-    """[block_k, block_q] of a reference to bias."""
+    """[block_k, block_q] of the bias by distance, [H, 8, Q + S].
+
+    It has all queries less keys from 1 - S on, in row r moved right by r.
+    """
     first = i * self.block_q - j * self.block_k + self.keys
     if self.backend == 'gpu':
       return bias[h, 0, first - 1 + self._queries_less_keys()]
@@ -259,7 +256,7 @@ def _block(index, size: int) -> Any:
 
 def _joined(heads: Sequence[jax.Array]) -> jax.Array:
   """[_, H*D] of [D, _] for each head."""
-  return (heads[0] if len(heads) == 1 else jnp.concatenate(heads)).T
+  return jnp.concatenate(heads).T
 
 
 def _forward(plan: _Plan, x: _Inputs, mixed, lse):
@@ -453,13 +450,8 @@ def _blocks(
 ) -> tuple[int, int, int]:
   """(heads of a block, queries of a tile, keys of a tile).
 
-  Args:
-    backend: see `attention`.
-    interpret: likewise.
-    heads: N.
-    head_dim: D.
-    queries: (how many there are, how many of a tile are asked for or None).
-    keys: likewise.
+  `queries` and `keys` are (how many there are, how many of a tile were asked
+  for or None).
   """
   if backend == 'tpu':
     # A block's columns are whole lanes, or all that there are.

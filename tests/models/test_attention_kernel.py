@@ -75,7 +75,7 @@ CASES = {
   ),
   'one': (PADDED[:, :1], PADDED[:, :1], 1, 8, {}),
   # Two heads in a block of 128 columns, and two blocks.
-  'lanes': (PACKED, PACKED, 4, 64, {'block_q': None, 'block_k': None}),
+  'lanes': (PACKED, PACKED, 4, 64, {'block_q': None, 'block_k': 256}),
   # As many columns as there are, for want of a multiple of 128.
   'odd_heads': (PADDED, PADDED, 3, 16, {}),
 }
