@@ -205,7 +205,7 @@ def test_blocks_that_a_backend_cannot_take_are_refused(settings, message):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_it_can_be_said_in_tritons_language(dtype):
-  """Which is all that can be known of a GPU without one."""
+  """`tests/planning` compiles that, where there is a compiler for GPUs."""
   arrays, gradient, table, ids, _ = case('lanes', dtype)
 
   def step(*arrays):
