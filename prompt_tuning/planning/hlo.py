@@ -88,6 +88,10 @@ def count_flops(jaxpr: Any, loop_trips: int = 1) -> float:
       products = math.prod(shape[axis] for axis in contracted)
       total += 2.0 * equation.outvars[0].aval.size * products
       continue
+    if kind == 'pallas_call' and settings['cost_estimate'] is not None:
+      # A kernel's own word: its program is one cell of a grid.
+      total += settings['cost_estimate'].flops
+      continue
     runs = {'scan': settings.get('length'), 'while': loop_trips}.get(kind, 1)
     total += runs * sum(
       count_flops(inner, loop_trips) for inner in _programs(settings)

@@ -6,14 +6,17 @@ need `prompt_tuning[gpu]`, some gigabytes that CI does without.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -26,10 +29,13 @@ from prompt_tuning.methods.per_layer import PerLayerPrompt
 from prompt_tuning.methods.prefix import Prefix
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.methods.reparametrization import Superposition
+from prompt_tuning.models import attention_kernel
+from prompt_tuning.models import layers
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.planning import compilation
+from prompt_tuning.planning import hlo
 from prompt_tuning.planning import topologies
 from prompt_tuning.training import mesh_choice
 from prompt_tuning.training import optimizers
@@ -392,6 +398,114 @@ def test_xxl_on_four_small_chips_is_told_what_makes_it_fit(tmp_path):
   last = said.strip().splitlines()[-1]
   assert last.startswith('error: the train step does not fit v5e:2x2: it needs')
   assert 'no Partitioner bindings' in last and 'makes it fit' in last
+
+
+@functools.cache
+def compiled_attention(topology, heads, length, batch=1, kernel=True):
+  """Attention and its gradient by queries, keys and values, for a device.
+
+  D is 64, types bfloat16; (memory analysis, text, FLOPs, bytes moved).
+  """
+  (device, *_) = topologies.topology_devices(topology)
+
+  def shaped(*shape, dtype='bfloat16'):
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def attend(query, key, value, table, segments):
+    query, key, value = (
+      x.reshape(batch, length, heads, 64) for x in (query, key, value)
+    )
+    if kernel:
+      mixed = attention_kernel.attention(
+        *(query, key, value, table, segments, segments),
+        backend='gpu' if device.platform != 'tpu' else 'tpu',
+      )
+    else:
+      places = jnp.arange(length)
+      bucket = layers.relative_position_bucket(
+        places[None] - places[:, None],
+        bidirectional=True,
+        num_buckets=32,
+        max_distance=128,
+      )
+      product = functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32
+      )
+      scores = product('bqnd,bsnd->bnqs', query, key) + table[None, :, bucket]
+      seen = segments[:, None, :, None] == segments[:, None, None]
+      weights = jax.nn.softmax(jnp.where(seen, scores, -1e10))
+      mixed = product('bnqs,bsnd->bqnd', weights.astype('bfloat16'), value)
+      mixed = mixed.astype('bfloat16')
+    return mixed.reshape(batch, length, heads * 64)
+
+  def step(given, query, key, value, *others):
+    mixed, back = jax.vjp(
+      lambda *arrays: attend(*arrays, *others), query, key, value
+    )
+    return mixed, *back(given)
+
+  wide = shaped(batch, length, heads * 64)
+  traced = jax.jit(step).trace(
+    *(wide,) * 4,
+    shaped(heads, 32, dtype='float32'),
+    shaped(batch, length, dtype='int32'),
+  )
+  options = {}
+  if device.platform != 'tpu':
+    options['xla_gpu_enable_triton_gemm'] = False
+  done = traced.lower().compile(compiler_options=options)
+  text = done.as_text()
+  return (
+    done.memory_analysis(),
+    text,
+    hlo.count_flops(traced.jaxpr),
+    hlo.bytes_accessed(text),
+  )
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  ('topology', 'heads', 'length', 'batch'),
+  [
+    ('v4:1x1x1', 64, 612, 4),
+    ('v5e:1x1', 64, 612, 1),
+    ('v5p:1x1x1', 32, 612, 1),
+    ('v6e:1x1', 64, 2048, 1),
+  ],
+)
+def test_the_attention_kernel_compiles_and_keeps_no_scores(
+  topology, heads, length, batch
+):
+  memory, text, flops, _ = compiled_attention(topology, heads, length, batch)
+  assert text.count('custom_call_target="tpu_custom_call"') == 3
+  whole = -(-length // 128) * 128
+  assert not re.search(
+    rf'\[[\d,]*\b({length},{length}|{whole},{whole})\b', text
+  )
+  # Beside what comes and goes: that in whole blocks, and some numbers for each
+  # query and head.
+  arrays = 4 * 2 * batch * whole * heads * 64
+  assert memory.temp_size_in_bytes < 1.6 * arrays
+  # Two products forward, three and four in the kernels of the gradient.
+  assert flops == 9 * 2 * batch * heads * whole * whole * 64
+
+
+@needs_libtpu
+def test_the_attention_kernel_moves_less_than_plain_products():
+  case = 'v5p:1x1x1', 32, 612, 1
+  memory, _, _, moved = compiled_attention(*case)
+  plain, _, _, plain_moved = compiled_attention(*case, kernel=False)
+  assert 3 * moved < plain_moved
+  assert 3 * memory.temp_size_in_bytes < plain.temp_size_in_bytes
+
+
+@needs_cuda
+@pytest.mark.parametrize('topology', ['h100:1', 'a100:1'])
+def test_the_attention_kernel_compiles_for_gpus(topology):
+  memory, text, _, _ = compiled_attention(topology, 64, 612)
+  assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+  assert memory.temp_size_in_bytes < 2 * 64 * 612 * 612
 
 
 @needs_cuda

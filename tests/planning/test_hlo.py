@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning.models import attention_kernel
 from prompt_tuning.planning import hlo
 
 # A loop of three runs in the notation of XLA for TPU: a fused reduction, an
@@ -129,3 +130,13 @@ def test_a_scan_counts_every_layer():
   # Every layer is read once: more than the stack, less than twice the rest.
   moved = hlo.bytes_accessed(text)
   assert layers.nbytes < moved < 20 * layers.nbytes
+
+
+def test_products_of_a_kernel_are_those_of_all_its_blocks():
+  x, ids = jnp.ones((2, 20, 3, 8)), jnp.ones((2, 20), jnp.int32)
+  jaxpr = jax.make_jaxpr(
+    lambda x, ids: attention_kernel.attention(
+      *(x, x, x, None, ids, ids), block_q=8, block_k=8, interpret=True
+    )
+  )(x, ids)
+  assert hlo.count_flops(jaxpr) == 2 * 2 * 2 * 3 * 24 * 24 * 8
