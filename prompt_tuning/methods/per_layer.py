@@ -24,6 +24,7 @@ from prompt_tuning.methods.prompt import embed_virtual
 from prompt_tuning.methods.prompt import put_rows
 from prompt_tuning.models import layers
 from prompt_tuning.models import parameters
+from prompt_tuning.models.attention import see_keys_in_front
 from prompt_tuning.models.network import T5Config
 
 
@@ -93,8 +94,6 @@ class PerLayerPrompt(Method):
       y = (rows @ kernel.astype(module.dtype)).reshape(1, -1, *x.shape[2:])
       return jnp.concatenate([jnp.repeat(y, x.shape[0], 0), x], axis=1)
 
-    if mask is not None:
-      before = ((0, 0), (0, 0), (0, 0), (self.length, 0))
-      mask = jnp.pad(mask, before, constant_values=True)
+    mask = see_keys_in_front(mask, self.length)
     key, value = in_front('key', key), in_front('value', value)
     return attend(query, key, value, mask, bias, **kwargs)

@@ -25,6 +25,7 @@ from prompt_tuning.methods.method import Interceptor
 from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.method import TaskText
 from prompt_tuning.models import parameters
+from prompt_tuning.models.attention import see_keys_in_front
 
 # The modules' names of the attentions that there are.
 ATTENTIONS = {
@@ -183,8 +184,6 @@ def _attend_with(own, attend, query, key, value, mask, bias, **kwargs):
     rows = jnp.repeat(rows, len(x), axis=0).astype(x.dtype)
     return jnp.concatenate([rows, x], axis=1)
 
-  if mask is not None:
-    before = ((0, 0), (0, 0), (0, 0), (len(own['keys']), 0))
-    mask = jnp.pad(mask, before, constant_values=True)
+  mask = see_keys_in_front(mask, len(own['keys']))
   key, value = in_front('keys', key), in_front('values', value)
   return attend(query, key, value, mask, bias, **kwargs)

@@ -9,17 +9,27 @@ that factor instead. Scores and softmax are float32 whatever the activations
 are.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from prompt_tuning.models import attention_kernel
 from prompt_tuning.models import layers
+from prompt_tuning.models.attention_kernel import ANY_SEGMENT
 
 MASKED = -1e10
-# The number of a key's segment that every query may look at.
-ANY_SEGMENT = -1
+# What `T5Config.attention` may be: `mix`, or `attention_kernel` for a backend.
+KERNELS = {
+  'tpu_kernel': {'backend': 'tpu'},
+  'gpu_kernel': {'backend': 'gpu'},
+  'interpreted_kernel': {'interpret': True},
+}
+IMPLEMENTATIONS = ('formula', *KERNELS)
 
 _normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
@@ -51,14 +61,26 @@ class Mask:
       seen &= earlier[None]
     return seen[:, None]
 
-  def with_keys_in_front(self, count: int) -> 'Mask':
-    """So many more keys, before all others, that every query may look at."""
-    before = ((0, 0), (count, 0))
-    segments = jnp.pad(self.key_segments, before, constant_values=ANY_SEGMENT)
-    positions = self.key_positions
-    if positions is not None:
-      positions = jnp.concatenate([jnp.arange(-count, 0), positions])
-    return self.replace(key_segments=segments, key_positions=positions)
+
+def see_keys_in_front(
+  mask: Mask | Bool[Array, '#B 1 #Q S'] | None, count: int
+) -> Mask | Bool[Array, '#B 1 #Q _'] | None:
+  """The mask with so many more keys before all others, seen by every query."""
+  if mask is None:
+    return None
+  if not isinstance(mask, Mask):
+    before = ((0, 0), (0, 0), (0, 0), (count, 0))
+    return jnp.pad(mask, before, constant_values=True)
+  before = ((0, 0), (count, 0))
+  segments = jnp.pad(mask.key_segments, before, constant_values=ANY_SEGMENT)
+  positions = mask.key_positions
+  if positions is not None:
+    positions = jnp.concatenate([jnp.arange(-count, 0), positions])
+  return mask.replace(key_segments=segments, key_positions=positions)
+
+
+def _array(what):
+  return what.array() if isinstance(what, Mask | layers.PositionBias) else what
 
 
 @jax.custom_vjp
@@ -131,6 +153,35 @@ def _mix_backward(saved, gradient):
 mix.defvjp(_mix_forward, _mix_backward)
 
 
+def _through_kernel(
+  query: Float[Array, 'B Q N D'],
+  key: Float[Array, 'B S N D'],
+  value: Float[Array, 'B S N D'],
+  mask: Mask,
+  bias: layers.PositionBias | None,
+  settings: Mapping[str, Any],
+) -> Float[Array, 'B Q N D']:
+  """`attention_kernel`, on the devices that the arrays are split over."""
+  arrays = (query, key, value, None if bias is None else bias.table)
+  arrays = (*arrays, mask.query_segments, mask.key_segments)
+  settings = {**settings, 'causal': mask.query_positions is not None}
+  if bias is not None or settings['causal']:
+    # Of a sequence that looks at itself: more keys than queries are in front.
+    settings['key_offset'] = query.shape[1] - key.shape[1]
+  if bias is not None:
+    settings['bidirectional'] = bias.bidirectional
+    settings['max_distance'] = bias.max_distance
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return attention_kernel.attention(*arrays, **settings)
+  batch, _, heads, _ = nn.logical_to_mesh_axes(
+    ('batch', 'length', 'heads', 'kv')
+  )
+  return attention_kernel.sharded_attention(
+    mesh, batch, heads, *arrays, **settings
+  )
+
+
 class Attention(nn.Module):
   """Attention of `inputs_q` over `inputs_kv`; kernels [E, N*D] and [N*D, E].
 
@@ -153,6 +204,7 @@ class Attention(nn.Module):
   dropout_rate: float
   dtype: str = 'float32'
   absorb: bool = False
+  implementation: str = 'formula'
 
   @nn.compact
   def __call__(
@@ -161,7 +213,7 @@ class Attention(nn.Module):
     inputs_kv: Float[Array, 'B S E'] | None,
     mask: Mask | Bool[Array, '#B 1 #Q S'] | None,
     # As long as the keys that `attend` sees, which a method may add to.
-    bias: Float[Array, '1 N Q _'] | None = None,
+    bias: layers.PositionBias | Float[Array, '1 N Q _'] | None = None,
     *,
     deterministic: bool,
     decode: bool = False,
@@ -228,12 +280,23 @@ class Attention(nn.Module):
     key: Float[Array, 'B S N D'],
     value: Float[Array, 'B S N D'],
     mask: Mask | Bool[Array, '#B 1 #Q S'] | None,
-    bias: Float[Array, '1 N Q S'] | None,
+    bias: layers.PositionBias | Float[Array, '1 N Q S'] | None,
     *,
     deterministic: bool,
   ) -> Float[Array, 'B Q N D']:
-    """The values that each query's softmax over the keys mixes."""
+    """The values that each query's softmax over the keys mixes.
+
+    Every kernel goes through here: the one that `implementation` names takes a
+    `Mask` (and a `PositionBias`), `mix` all else, as single steps of decoding.
+    """
     keep = self._keep(key.shape[:2], deterministic)
+    if self.implementation in KERNELS and isinstance(mask, Mask):
+      if keep is not None:  # all queries drop the same keys
+        value *= keep.transpose(0, 3, 1, 2)
+      return _through_kernel(
+        query, key, value, mask, bias, KERNELS[self.implementation]
+      )
+    mask, bias = _array(mask), _array(bias)
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     return mix(query, key, value, bias, mask, keep).swapaxes(1, 2)
 
@@ -241,7 +304,7 @@ class Attention(nn.Module):
     self,
     query: Float[Array, 'B Q N D'],
     inputs: Float[Array, 'B S E'],
-    mask: Bool[Array, '#B 1 #Q S'],
+    mask: Mask | Bool[Array, '#B 1 #Q S'],
     deterministic: bool,
   ) -> Float[Array, 'B Q N D']:
     """As `attend` with the keys and values of `inputs`, without those."""
@@ -258,6 +321,7 @@ class Attention(nn.Module):
     if keep is not None:
       keep = jnp.repeat(keep, length, axis=2)  # [B, N, Q, S]
       keep = keep.reshape(batch, 1, heads * length, -1)
+    mask = _array(mask)
     mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, mask.shape[3]))
     # The heads' queries are the many of one head as wide as the stream.
     mixed = mix(

@@ -7,6 +7,7 @@ they are. No layer of T5 has a bias term.
 from collections.abc import Callable, Sequence
 
 from flax import linen as nn
+from flax import struct
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -140,6 +141,35 @@ def relative_position_bucket(
   return offset + jnp.where(distance < exact, distance, far)
 
 
+@struct.dataclass
+class PositionBias:
+  """What is added to scores: the table's entry for each relative position.
+
+  Attributes:
+    table: a number for each head and bucket.
+    query_positions: of the queries.
+    key_positions: of the keys.
+    bidirectional: see `relative_position_bucket`.
+    max_distance: likewise.
+  """
+
+  table: Float[Array, 'N _']
+  query_positions: Int[Array, 'Q']
+  key_positions: Int[Array, 'S']
+  bidirectional: bool = struct.field(pytree_node=False)
+  max_distance: int = struct.field(pytree_node=False)
+
+  def array(self) -> Float[Array, '1 N Q S']:
+    """float32, since it is added to float32 scores."""
+    buckets = relative_position_bucket(
+      self.key_positions[None, :] - self.query_positions[:, None],
+      bidirectional=self.bidirectional,
+      num_buckets=self.table.shape[1],
+      max_distance=self.max_distance,
+    )
+    return self.table.astype(jnp.float32)[None, :, buckets]
+
+
 class RelativePositionBias(nn.Module):
   """One learnt bias for each head and bucket, shared by a stack's layers."""
 
@@ -153,17 +183,16 @@ class RelativePositionBias(nn.Module):
     self,
     query_positions: Int[Array, 'Q'],
     key_positions: Int[Array, 'S'],
-  ) -> Float[Array, '1 N Q S']:
+  ) -> PositionBias:
     table = self.param(
       'rel_embedding',
       nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
       (self.num_heads, self.num_buckets),
     )
-    buckets = relative_position_bucket(
-      key_positions[None, :] - query_positions[:, None],
-      bidirectional=self.bidirectional,
-      num_buckets=self.num_buckets,
-      max_distance=self.max_distance,
+    return PositionBias(
+      table,
+      query_positions,
+      key_positions,
+      self.bidirectional,
+      self.max_distance,
     )
-    # float32, since it is added to float32 scores.
-    return table.astype(jnp.float32)[None, :, buckets]

@@ -5,6 +5,7 @@ Parameter paths are T5X's (`encoder/layers_0/attention/query/kernel`,
 `prompt_tuning.methods`) act on the calls of these modules from outside.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from prompt_tuning.errors import UserError
@@ -49,6 +50,10 @@ class T5Config:
       (axis 1 of each kernel, as T5X's), instead of unrolled layers.
     remat_policy: what a layer keeps for its backward pass: 'none' keeps all,
       'minimal' the products with weights, 'full' the layer's input alone.
+    attention: what makes it: 'formula', XLA's products of whole matrices, or
+      'tpu_kernel' or 'gpu_kernel', a kernel whose memory is linear in the
+      length, for frozen position biases (see `attention_kernel`);
+      'interpreted_kernel' is that without a device, and slow.
   """
 
   vocab_size: int
@@ -66,6 +71,7 @@ class T5Config:
   max_distance: int = 128
   scan_layers: bool = False
   remat_policy: str = 'none'
+  attention: str = 'formula'
 
   def __post_init__(self):
     for name in (
@@ -87,6 +93,11 @@ class T5Config:
           f'mlp_activations has {activation!r}; known are'
           f' {sorted(layers.ACTIVATIONS)}'
         )
+    if self.attention not in attention.IMPLEMENTATIONS:
+      raise UserError(
+        f'T5Config.attention is {self.attention!r}; known are'
+        f' {", ".join(attention.IMPLEMENTATIONS)}'
+      )
     if self.remat_policy not in REMAT_POLICIES:
       raise UserError(
         f'remat_policy is {self.remat_policy!r}; known are'
@@ -102,6 +113,7 @@ def _attention(
     config.head_dim,
     config.dropout_rate,
     config.dtype,
+    implementation=config.attention,
     name=name,
     **settings,
   )
@@ -232,6 +244,12 @@ def _position_bias(config: T5Config, bidirectional: bool):
   )
 
 
+def _given(config: T5Config, decode: bool, *said: Any) -> Iterator[Any]:
+  """Masks and biases as the attention takes them, made once for all layers."""
+  in_kernel = config.attention in attention.KERNELS and not decode
+  return (x if in_kernel or x is None else x.array() for x in said)
+
+
 class Encoder(nn.Module):
   """The stack over embedded inputs."""
 
@@ -241,13 +259,14 @@ class Encoder(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'B T E'],
-    mask: Bool[Array, 'B 1 T T'],
+    mask: attention.Mask,
     *,
     deterministic: bool,
   ) -> Float[Array, 'B T E']:
     config = self.config
     positions = jnp.arange(x.shape[1])
     bias = _position_bias(config, True)(positions, positions)
+    mask, bias = _given(config, False, mask, bias)
     x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
     x = _run_layers(
       config,
@@ -274,8 +293,8 @@ class Decoder(nn.Module):
     self,
     x: Float[Array, 'B L E'],
     encoded: Float[Array, 'B T E'],
-    mask: Bool[Array, 'B 1 L L'] | None,
-    encoder_mask: Bool[Array, 'B 1 #L T'],
+    mask: attention.Mask | None,
+    encoder_mask: attention.Mask,
     *,
     deterministic: bool,
     decode: bool = False,
@@ -291,9 +310,16 @@ class Decoder(nn.Module):
       if stepping:
         index = cache_index.value
         query_positions = index[None]
-        mask = (key_positions <= index)[None, None, None]
+        segments = jnp.ones((1, 1), jnp.int32)
+        mask = attention.Mask(
+          segments,
+          jnp.ones((1, key_positions.size), jnp.int32),
+          query_positions,
+          key_positions,
+        )
         cache_index.value = index + 1
     bias = _position_bias(config, False)(query_positions, key_positions)
+    mask, bias, encoder_mask = _given(config, decode, mask, bias, encoder_mask)
     x = layers.dropout(config.dropout_rate)(x, deterministic=deterministic)
     x = _run_layers(
       config,
@@ -374,7 +400,7 @@ class Transformer(nn.Module):
   ) -> Float[Array, 'B T E']:
     """Encoder outputs; id 0 is padding, to be looked at by no token."""
     segments = _segments(encoder_input_tokens, encoder_segment_ids)
-    mask = attention.Mask(segments, segments).array()
+    mask = attention.Mask(segments, segments)
     return self.encoder(
       self.embed(encoder_input_tokens),
       mask,
@@ -413,11 +439,11 @@ class Transformer(nn.Module):
     segments = _segments(seen, decoder_segment_ids)
     encoder_mask = attention.Mask(
       segments, _segments(encoder_input_tokens, encoder_segment_ids)
-    ).array()
+    )
     mask = None
     if cache_length is None:
       positions = jnp.arange(seen.shape[1])
-      mask = attention.Mask(segments, segments, positions, positions).array()
+      mask = attention.Mask(segments, segments, positions, positions)
     x = self.decoder(
       self.token_embedder(decoder_input_tokens),
       encoded,
