@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import inspect
 from typing import Any
 
+from prompt_tuning import compilation_cache
 from prompt_tuning import exit_codes
 
 
@@ -50,7 +51,9 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   add('--step', type=int, help='of a model that does not say it')
   add('--dtype', default='float32', choices=('float32', 'bfloat16'))
   add('--overwrite', action='store_true', help='replace files of OUTPUT')
-  return conversion.convert(**vars(parser.parse_args(arguments)))
+  given = vars(parser.parse_args(arguments))
+  compilation_cache.use()
+  return conversion.convert(**given)
 
 
 def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:

@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 from etils import epath
 import jax
-import tensorboardX
 
 import prompt_tuning
 from prompt_tuning import files
@@ -45,6 +44,8 @@ class MetricsWriter:
       self._drop_after(first_step)
     self._tensorboard = None
     if _can_write_events(folder):
+      import tensorboardX  # which none but a training needs
+
       self._tensorboard = tensorboardX.SummaryWriter(
         str(folder / 'tensorboard'), purge_step=first_step + 1
       )
