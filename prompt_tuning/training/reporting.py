@@ -21,6 +21,9 @@ from prompt_tuning.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Share of the time; the first batch of a run is always waited for.
+_MUCH_WAITING = 0.1
+
 
 class MetricsWriter:
   """Appends to MODEL_DIR/metrics.jsonl and writes TensorBoard events.
@@ -125,6 +128,8 @@ class Progress:
       f'  accuracy {metrics["accuracy"]:.4g}'
       f'  examples/s {metrics["examples_per_second"]:.4g}'
     )
+    if metrics['input_wait_share'] > _MUCH_WAITING:
+      shown += f'  waiting for data {metrics["input_wait_share"]:.0%}'
     line = f'step {done}/{self._total}  {shown}  ETA {left}'
     if self._stream.isatty():
       self._stream.write(f'\r{line}\x1b[K')
