@@ -261,8 +261,6 @@ def call(name: str, arguments: Sequence[str]) -> Any:
     UserError: the arguments, or what they name, are at fault.
   """
   command = CONFIGURED[name]
-  if command.keeps_programs:
-    compilation_cache.use()
   known = {}
   if name == 'study':
     arguments = studies.own_words(arguments)
@@ -273,16 +271,21 @@ def call(name: str, arguments: Sequence[str]) -> Any:
     known['commands'] = studies.Commands(parse, own_files)
   request, job = parse(arguments, command.own_file * command.takes_run)
   lost = contextlib.nullcontext()
+  keeps_programs = command.keeps_programs
   if command.over_processes:
     from prompt_tuning.training import hosts
 
     # Before anything may ask JAX for its devices.
     hosts.connect(**job)
     lost = hosts.naming_lost_processes()
+    # Processes of a job may tune a program together: all must find it, or none.
+    keeps_programs &= not hosts.in_job()
   elif job:
     raise ConfigurationError(
       f'--{next(iter(job))} is for jobs of train, eval and infer'
     )
+  if keeps_programs:
+    compilation_cache.use()
   with _saying(f'prompt-tuning {name}: loading libraries'):
     function = configuration.configure(command.function, request)
   with lost:
