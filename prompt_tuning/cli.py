@@ -17,6 +17,7 @@ import traceback
 from typing import Any
 
 import prompt_tuning
+from prompt_tuning import compilation_cache
 from prompt_tuning import configuration
 from prompt_tuning import errors
 from prompt_tuning import exit_codes
@@ -49,6 +50,7 @@ class Configured:
     own_file: the gin file whose head is the help.
     takes_run: whether a run's folder is enough; the own file adds the rest.
     over_processes: whether it can run as several, each with its devices.
+    keeps_programs: whether it takes compiled programs of earlier commands.
     finish: what is left to do with the result; returns what is printed.
   """
 
@@ -56,6 +58,7 @@ class Configured:
   own_file: str
   takes_run: bool = True
   over_processes: bool = True
+  keeps_programs: bool = True
   finish: Callable[[Any], Any] = lambda result: result
 
 
@@ -87,7 +90,11 @@ CONFIGURED = {
   'infer': Configured('infer', 'runs/infer.gin', finish=_inferred),
   'export': Configured('export', 'runs/export.gin', over_processes=False),
   'compile': Configured(
-    'compile_steps', 'runs/compile.gin', takes_run=False, over_processes=False
+    'compile_steps',
+    'runs/compile.gin',
+    takes_run=False,
+    over_processes=False,
+    keeps_programs=False,  # it says how long compiling takes
   ),
   'study': Configured(
     'study',
@@ -264,16 +271,21 @@ def call(name: str, arguments: Sequence[str]) -> Any:
     known['commands'] = studies.Commands(parse, own_files)
   request, job = parse(arguments, command.own_file * command.takes_run)
   lost = contextlib.nullcontext()
+  keeps_programs = command.keeps_programs
   if command.over_processes:
     from prompt_tuning.training import hosts
 
     # Before anything may ask JAX for its devices.
     hosts.connect(**job)
     lost = hosts.naming_lost_processes()
+    # Processes of a job may tune a program together: all must find it, or none.
+    keeps_programs &= not hosts.in_job()
   elif job:
     raise ConfigurationError(
       f'--{next(iter(job))} is for jobs of train, eval and infer'
     )
+  if keeps_programs:
+    compilation_cache.use()
   with _saying(f'prompt-tuning {name}: loading libraries'):
     function = configuration.configure(command.function, request)
   with lost:
@@ -332,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   Args:
     arguments: None takes the shell's; then a bug of ours is a line too, and
-      its traceback in a file.
+      its traceback in a file, and the process ends (`exit_codes.leave`).
 
   Returns:
     The exit code: 0; 1 for a fault of data, paths or shapes; 2 for one of
@@ -343,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if arguments is not None:
     return _main(arguments)
   try:
-    return _main(sys.argv[1:])
+    return exit_codes.leave(_main(sys.argv[1:]))
   except Exception as error:
     said = (str(error).splitlines() or [''])[0][:200]
     with tempfile.NamedTemporaryFile(

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 import inspect
 from typing import Any
 
+from prompt_tuning import compilation_cache
 from prompt_tuning import exit_codes
+from prompt_tuning.interop import formats
 
 
 def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
@@ -30,13 +32,11 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   folds what can be folded (LoRA, IA3, norm scales), a run's or a file's, into
   the model's parameters.
   """
-  from prompt_tuning.interop import conversion
-
   add = parser.add_argument
   add('sources', nargs='+', metavar='SOURCE', help='a model, or prompts')
   add('output', metavar='OUTPUT', help='folder (or file) to write')
-  formats = (*conversion.MODEL_FORMATS, *conversion.PROMPT_FORMATS)
-  add('--to', required=True, choices=formats)
+  names = (*formats.MODEL_FORMATS, *formats.PROMPT_FORMATS)
+  add('--to', required=True, choices=names)
   add('--prompt', help='for t5x and prompt_tokens: a prompt to put in')
   add('--trained', help='what was trained on the model, to fold into it')
   add('--base', help="for peft: the adapter's model; for recycled: the new one")
@@ -50,7 +50,11 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   add('--step', type=int, help='of a model that does not say it')
   add('--dtype', default='float32', choices=('float32', 'bfloat16'))
   add('--overwrite', action='store_true', help='replace files of OUTPUT')
-  return conversion.convert(**vars(parser.parse_args(arguments)))
+  given = vars(parser.parse_args(arguments))
+  compilation_cache.use()
+  from prompt_tuning.interop import conversion
+
+  return conversion.convert(**given)
 
 
 def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
@@ -63,8 +67,6 @@ def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   Prints a summary with step and metadata; of several prompts also the cosine
   of their rows; with --text what the vocabulary's nearest pieces make of each.
   """
-  from prompt_tuning.interop import conversion
-
   parser.add_argument('paths', nargs='+', metavar='PATH')
   parser.add_argument(
     '--arrays',
@@ -81,7 +83,10 @@ def _inspect(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   )
   parser.add_argument('--base', help='for --text: the model, if not named')
   parser.add_argument('--vocabulary', help='for --text: likewise')
-  return conversion.inspect(**vars(parser.parse_args(arguments)))
+  given = vars(parser.parse_args(arguments))
+  from prompt_tuning.interop import conversion
+
+  return conversion.inspect(**given)
 
 
 def _diff(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
@@ -92,11 +97,12 @@ def _diff(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   Exit code 0 where all values are equal, 1 where they differ, 2 for faults, as
   diff's.
   """
-  from prompt_tuning.interop import conversion
-
   parser.add_argument('one')
   parser.add_argument('other')
-  return conversion.differences(**vars(parser.parse_args(arguments)))
+  given = vars(parser.parse_args(arguments))
+  from prompt_tuning.interop import conversion
+
+  return conversion.differences(**given)
 
 
 COMMANDS = {'convert': _convert, 'inspect': _inspect, 'diff': _diff}

@@ -190,6 +190,51 @@ def test_infer_reads_texts_and_writes_json(
   assert set(records[0]['scores']) == {'good', 'dull'}
 
 
+def run_without(modules, *words):
+  """A command in a process of its own, in which modules are not there."""
+  program = (
+    'import sys\n'
+    f'sys.modules.update(dict.fromkeys({modules}))\n'
+    'from prompt_tuning import cli\n'
+    f'sys.exit(cli.main({list(words)}))\n'
+  )
+  return subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, timeout=300
+  )
+
+
+TENSORFLOW = ['tensorflow', 'tensorflow_text', 'tensorflow_datasets', 'seqio']
+OF_TRAINING_ALONE = ['orbax', 'tensorboardX', 'sklearn', 'scipy.special']
+
+
+def test_infer_imports_neither_tensorflow_nor_what_training_alone_needs(
+  run, folder, tiny_vocabulary, tmp_path
+):
+  output = tmp_path / 'out.jsonl'
+  words = infer_arguments(
+    folder, output, tiny_vocabulary, PROMPT_FILE=str(run / 'prompt')
+  )
+  done = run_without(TENSORFLOW + OF_TRAINING_ALONE, *words)
+  assert done.returncode == 0, done.stderr
+  assert len(output.read_text().splitlines()) == 2
+
+
+def test_training_on_token_arrays_imports_no_tensorflow(folder, tmp_path):
+  words = train_arguments(folder, tmp_path / 'run', TRAIN_STEPS_RELATIVE=1)
+  done = run_without(TENSORFLOW, *words)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'run' / 'result.json').exists()
+
+
+@pytest.mark.parametrize('command', ['', *cli.COMMANDS])
+def test_help_imports_neither_jax_nor_tensorflow(command):
+  heavy = ['jax', 'jaxlib', 'flax', 'optax', *TENSORFLOW]
+  words = [command, '--help'] if command else ['--help']
+  done = run_without(heavy, *words)
+  assert done.returncode == 0, done.stderr
+  assert 'prompt-tuning' in done.stdout
+
+
 def test_infer_works_without_a_prompt(folder, tiny_vocabulary, tmp_path):
   output = tmp_path / 'out.jsonl'
   more = ['--gin.infer.trained=()']

@@ -14,18 +14,14 @@ import os
 import sys
 import time
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+from jaxtyping import Int
+import numpy as np
 
-from jaxtyping import Int  # noqa: E402
-import numpy as np  # noqa: E402
-
-from prompt_tuning.data import lengths  # noqa: E402
-from prompt_tuning.data.feature_converter import VirtualTokensFeatureConverter  # noqa: E402
-from prompt_tuning.data.task import Task  # noqa: E402
-from prompt_tuning.data.task_data import TaskData  # noqa: E402
-from prompt_tuning.data.virtual_tokens import PLACEMENTS  # noqa: E402
-from prompt_tuning.data.virtual_tokens import VirtualTokens  # noqa: E402
-from prompt_tuning.errors import UserError  # noqa: E402
+from prompt_tuning.data.task import Task
+from prompt_tuning.data.task_data import TaskData
+from prompt_tuning.data.virtual_tokens import PLACEMENTS
+from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.errors import UserError
 
 _BAR = 40
 _LIMITS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -97,11 +93,14 @@ def _virtual_tokens(
 
 def show(arguments: argparse.Namespace) -> Iterator[str]:
   """The lines of the report."""
-  import seqio
-
   stated = _task(arguments)
   limits = stated.feature_lengths
   task = stated.checked(arguments.split)
+  import seqio
+
+  from prompt_tuning.data import feature_converter
+  from prompt_tuning.data import lengths
+
   for part in seqio.get_subtasks(task):
     if arguments.split not in part.splits:
       continue
@@ -111,7 +110,7 @@ def show(arguments: argparse.Namespace) -> Iterator[str]:
     dataset = part.get_dataset(
       sequence_length=limits, split=arguments.split, shuffle=False, num_epochs=1
     ).take(arguments.examples)
-    converter = VirtualTokensFeatureConverter(virtual_tokens)
+    converter = feature_converter.VirtualTokensFeatureConverter(virtual_tokens)
     for text, row in zip(
       dataset.as_numpy_iterator(),
       converter(dataset, limits).as_numpy_iterator(),
@@ -204,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for faults of data, 2 of usage."""
   arguments = parser().parse_args(argv)
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   try:
     for line in show(arguments):
       print(line, flush=True)

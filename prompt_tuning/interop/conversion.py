@@ -20,14 +20,13 @@ from prompt_tuning.interop import hugging_face_writing
 from prompt_tuning.interop import prompts
 from prompt_tuning.interop import t5x
 from prompt_tuning.interop import transfer
+from prompt_tuning.interop.formats import MODEL_FORMATS
+from prompt_tuning.interop.formats import PROMPT_FORMATS
 from prompt_tuning.methods import nearest_pieces
 from prompt_tuning.models import parameters
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import UnknownStepError
 from prompt_tuning.training.trained import Trained
-
-MODEL_FORMATS = ('safetensors', 't5x', 'hugging_face', 'prompt_tokens')
-PROMPT_FORMATS = ('numpy', 'peft', 'serving_table', 'recycled')
 
 
 def convert(

@@ -119,24 +119,13 @@ def run(
 class Local:
   """Runs cells here, some at a time, each with its share of the devices."""
 
-  def __init__(self, at_once: int, cache: pathlib.Path):
-    """Shares out the devices.
-
-    Args:
-      at_once: cells that run side by side.
-      cache: a folder for compiled programs, which cells of one shape share.
-    """
+  def __init__(self, at_once: int):
+    """Shares out the devices among `at_once` cells, side by side."""
     if at_once < 1:
       raise UserError(f'study.at_once must be 1 or more, got {at_once}')
     gpus = _gpus()
     self._slots = [
-      (
-        {
-          'JAX_COMPILATION_CACHE_DIR': str(cache),
-          **_share_of_gpus(gpus, slot, at_once),
-        },
-        _share_of_cores(slot, at_once),
-      )
+      (_share_of_gpus(gpus, slot, at_once), _share_of_cores(slot, at_once))
       for slot in range(at_once)
     ]
     self._stopped = threading.Event()

@@ -137,7 +137,7 @@ def study(
       break
     states = execution.States(jobs, at_once, len(done))
     if executor == 'local':
-      local = execution.Local(at_once, one.folder / '.compiled')
+      local = execution.Local(at_once)
       failed |= local.run(jobs, states, one.left)
       if all(state == execution.ELSEWHERE for state in states.found()):
         remark = f'{len(jobs)} cells run elsewhere'

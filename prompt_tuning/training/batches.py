@@ -99,6 +99,7 @@ class Prefetch:
   ):
     self._queue = queue.Queue(ahead)
     self._closed = threading.Event()
+    self._ended = threading.Event()
 
     def fill():
       try:
@@ -115,9 +116,10 @@ class Prefetch:
         raise UserError('the training data ended; it must repeat')
       except BaseException as error:  # Raised again where `next` is called.
         self._queue.put((None, error))
+      finally:
+        self._ended.set()
 
-    self._thread = threading.Thread(target=fill, daemon=True)
-    self._thread.start()
+    threading.Thread(target=fill, daemon=True).start()
 
   def next(self) -> tuple[dict[str, jax.Array], float]:
     """A batch, and the seconds it was waited for."""
@@ -128,7 +130,12 @@ class Prefetch:
     return batch, time.monotonic() - start
 
   def close(self) -> None:
+    """Returns when nothing is put on devices any more.
+
+    The thread itself may take seconds to end: tf.data's iterator, which goes
+    with it, can wait for its tuner to wake.
+    """
     self._closed.set()
     while not self._queue.empty():
       self._queue.get_nowait()
-    self._thread.join(timeout=5)
+    self._ended.wait(timeout=5)

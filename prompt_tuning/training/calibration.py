@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from jaxtyping import Float, Int
 import numpy as np
-from scipy import special
 
 from prompt_tuning.data.demonstrations import CONTENT_FREE
 from prompt_tuning.data.templates import Template
@@ -49,6 +48,8 @@ def calibrated(
   That is the mean of the labels' probabilities over the content-free inputs,
   each normalised over the labels.
   """
+  from scipy import special
+
   anyway = special.softmax(content_free, axis=-1).mean(axis=0)
   return likelihoods - np.log(anyway)
 

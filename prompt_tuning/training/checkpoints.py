@@ -16,13 +16,13 @@ import json
 import logging
 import os
 import re
+import typing
 from typing import Any
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from prompt_tuning import files
 from prompt_tuning.errors import UserError
@@ -30,6 +30,11 @@ from prompt_tuning.models import parameters
 from prompt_tuning.training import base
 from prompt_tuning.training import hosts
 from prompt_tuning.training.train_state import TrainState
+
+# orbax is imported by the functions: who only reads files of prompts needs
+# none of it.
+if typing.TYPE_CHECKING:
+  import orbax.checkpoint as ocp
 
 MANIFEST = 'manifest.json'
 _STATE = 'state'
@@ -84,6 +89,8 @@ class Checkpoints:
         f'cannot write checkpoints to {self.directory}: {files.reason(error)}; '
         'choose another MODEL_DIR'
       ) from error
+    import orbax.checkpoint as ocp
+
     # Not orbax's manager: its asynchronous writing gains nothing on
     # kilobytes, and it deletes old checkpoints before our manifest stands.
     self._writer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
@@ -198,6 +205,8 @@ class Checkpoints:
     Raises:
       UserError: no such checkpoint, or it is of another shape or damaged.
     """
+    import orbax.checkpoint as ocp
+
     manifest = self._unchanged_manifest(step)
     folder = self.directory / str(step)
     flat = _flatten(like)
@@ -250,6 +259,8 @@ class Checkpoints:
     self.close()
 
   def _write_arrays(self, step: int, state: TrainState) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
     folder = self.directory / str(step)
     flat = _flatten(state)
     folder.mkdir(exist_ok=True)
@@ -338,6 +349,8 @@ def _saved_array(
   folder: epath.Path, name: str, spec: Mapping[str, Any]
 ) -> parameters.LazyArray:
   def read(index):
+    import orbax.checkpoint as ocp
+
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     try:
       with (
@@ -370,8 +383,10 @@ def _saved_array(
   )
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
+def _alone() -> 'ocp.options.MultiprocessingOptions':
   """Orbax without the other processes of the job."""
+  import orbax.checkpoint as ocp
+
   process = jax.process_index()
   return ocp.options.MultiprocessingOptions(
     primary_host=process,

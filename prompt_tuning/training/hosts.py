@@ -179,6 +179,11 @@ def _surroundings(environment: Mapping[str, str]) -> str | None:
   return None
 
 
+def in_job() -> bool:
+  """Whether this process has joined others (`connect`); asks no device."""
+  return jax.distributed.is_initialized()
+
+
 def is_primary() -> bool:
   """Whether this process writes for all of them."""
   return jax.process_index() == 0
@@ -205,7 +210,7 @@ def leave(code: int) -> None:
   Python's own exit would wait for the others, who may wait for this one. They
   hear of it from the coordinator or from the next collective.
   """
-  if jax.distributed.is_initialized():
+  if in_job():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -218,7 +223,7 @@ def leaving_at_once():
   try:
     yield
   except BaseException:
-    if jax.distributed.is_initialized():
+    if in_job():
       traceback.print_exc()
     leave(1)
     raise

@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 from etils import epath
 import jax
-import tensorboardX
 
 import prompt_tuning
 from prompt_tuning import files
@@ -22,6 +21,9 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.models import quantization
 
 logger = logging.getLogger(__name__)
+
+# Share of the time; the first batch of a run is always waited for.
+_MUCH_WAITING = 0.1
 
 
 class MetricsWriter:
@@ -46,6 +48,8 @@ class MetricsWriter:
       self._drop_after(first_step)
     self._tensorboard = None
     if _can_write_events(folder):
+      import tensorboardX  # which none but a training needs
+
       self._tensorboard = tensorboardX.SummaryWriter(
         str(folder / 'tensorboard'), purge_step=first_step + 1
       )
@@ -125,6 +129,8 @@ class Progress:
       f'  accuracy {metrics["accuracy"]:.4g}'
       f'  examples/s {metrics["examples_per_second"]:.4g}'
     )
+    if metrics['input_wait_share'] > _MUCH_WAITING:
+      shown += f'  waiting for data {metrics["input_wait_share"]:.0%}'
     line = f'step {done}/{self._total}  {shown}  ETA {left}'
     if self._stream.isatty():
       self._stream.write(f'\r{line}\x1b[K')

@@ -265,27 +265,27 @@ def test_two_studies_do_not_run_one_cell(tmp_path):
   states = execution.States([job], 1)
   with execution.claimed(job) as ours:
     assert ours
-    assert execution.Local(1, tmp_path / 'cache').run([job], states) == {}
+    assert execution.Local(1).run([job], states) == {}
   assert states.found() == [execution.ELSEWHERE]
   assert not job.log.exists()
-  execution.Local(1, tmp_path / 'cache').run([job], states)
+  execution.Local(1).run([job], states)
   assert states.found() == [execution.DONE]
 
 
 def test_what_another_study_did_while_a_cell_waited_is_not_done_again(tmp_path):
   job = job_of(tmp_path, ['nonsense'])
   states = execution.States([job], 1)
-  local = execution.Local(1, tmp_path / 'cache')
+  local = execution.Local(1)
   assert local.run([job], states, lambda name: []) == {}
   assert states.found() == [execution.DONE]
 
 
 def test_cells_share_out_cores_and_gpus(tmp_path, monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5,7')
-  local = execution.Local(2, tmp_path)
+  local = execution.Local(2)
   assert [e['CUDA_VISIBLE_DEVICES'] for e, _ in local._slots] == ['3,7', '5']
   with pytest.raises(UserError, match='more than the 3 GPU'):
-    execution.Local(4, tmp_path)
+    execution.Local(4)
   monkeypatch.setattr(execution.os, 'sched_getaffinity', lambda _: {0, 1, 2})
   assert execution._share_of_cores(1, 2) == [1]
   assert execution._share_of_cores(0, 1) is None
