@@ -26,6 +26,7 @@ from prompt_tuning.methods.method import TaskText
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
+from prompt_tuning.models.attention import KERNELS
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.models.model import at_work
 from prompt_tuning.training import setup
@@ -56,7 +57,7 @@ class Network:
 
   Attributes:
     config: of the network.
-    methods: what acts on it; the first is the innermost.
+    methods: what acts on it; the first is the outermost.
     base: whose embeddings [V, E] the initialisers of prompts read, a base
       checkpoint or a numpy file; None: those that `init` draws, which is for
       initialisers that do not look at them.
@@ -72,6 +73,11 @@ class Network:
 
   def __post_init__(self):
     setup.virtual_tokens_of(self.methods, self.config)  # its checks
+    if not beside_t5(self.methods) and self.config.attention in KERNELS:
+      raise UserError(
+        f'T5Config.attention={self.config.attention!r} takes position biases as'
+        " frozen; T5X trains them here: give T5Config.attention='formula'"
+      )
 
   @property
   def scan_layers(self) -> bool:

@@ -54,7 +54,7 @@ def at_work(
   inputs: Int[Array, 'B T'],
   segments: Int[Array, 'B T'] | None = None,
 ) -> Iterator[None]:
-  """Methods act on what is called of the network in here; the first innermost.
+  """Methods act on what is called of the network in here; the first outermost.
 
   Args:
     methods: which.
@@ -85,7 +85,7 @@ class EncoderDecoderModel:
     num_decodes: sequences looked for; the best one is returned.
     decoder_params: keyword arguments of `decode_fn`.
     eos_id: the id that ends a sequence.
-    methods: what acts on the network; the first is the innermost.
+    methods: what acts on the network; the first is the outermost.
   """
 
   config: network.T5Config

@@ -12,6 +12,7 @@ import jax
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import Method
+from prompt_tuning.models import attention
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import batches as batches_lib
@@ -57,6 +58,11 @@ def settings(
   if base is None and not trains_base:
     raise UserError(
       'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
+    )
+  if trains_base and model.config.attention in attention.KERNELS:
+    raise UserError(
+      f'T5Config.attention={model.config.attention!r} takes position biases as'
+      " frozen; train T5 itself with T5Config.attention='formula'"
     )
   if data.vocabulary is not None:
     vocabulary = load_vocabulary(data.vocabulary)
