@@ -48,21 +48,23 @@ class Slice(NamedTuple):
     rows: their numbers; the first is repeated where there are too few.
     filled: how many of them count.
     inputs: the encoder's length.
-    targets: the decoder's.
+    targets: the decoder's; None: as long as they are.
   """
 
   rows: Int[np.ndarray, 'r']
   filled: int
   inputs: int
-  targets: int
+  targets: int | None
 
   def of(
-    self, batch: Mapping[str, Shaped[np.ndarray, 'B ...']]
-  ) -> dict[str, Shaped[np.ndarray, 'r ...']]:
-    """The rows of a batch's arrays, cut to the lengths."""
-    lengths = {'encoder': self.inputs, 'decoder': self.targets}
+    self, batch: Mapping[str, Shaped[np.ndarray, 'B _']]
+  ) -> dict[str, Shaped[np.ndarray, 'r _']]:
+    """The rows of a batch's features, cut to the lengths."""
     return {
-      name: values[self.rows][:, : lengths[name.partition('_')[0]]]
+      name: values[
+        self.rows,
+        : self.inputs if name.startswith('encoder') else self.targets,
+      ]
       for name, values in batch.items()
     }
 
@@ -75,12 +77,12 @@ class Shapes:
     lengths: of encoder rows, virtual tokens included, shortest first; the last
       is the full one.
     rows: of a slice of each length.
-    targets: lengths of the decoder's rows; the last is the full one.
+    targets: lengths of the decoder's rows; the last is the full one, or None.
   """
 
   lengths: tuple[int, ...]
   rows: tuple[int, ...]
-  targets: tuple[int, ...]
+  targets: tuple[int | None, ...]
 
   def slices(
     self,
@@ -91,15 +93,17 @@ class Shapes:
 
     Args:
       inputs: length of each row (see `row_lengths`).
-      targets: likewise; None leaves the decoder's rows as long as they are.
+      targets: likewise; None: the decoder's rows are not cut.
     """
     found = []
     order = np.argsort(-inputs, kind='stable')
     while len(order):
       which = int(np.searchsorted(self.lengths, inputs[order[0]]))
       rows, order = np.split(order, [self.rows[which]])
-      longest = self.targets[-1] if targets is None else targets[rows].max()
-      decoder = self.targets[int(np.searchsorted(self.targets, longest))]
+      decoder = self.targets[-1]
+      if targets is not None:
+        longest = targets[rows].max()
+        decoder = self.targets[int(np.searchsorted(self.targets, longest))]
       padded = np.full(self.rows[which], rows[0])
       padded[: len(rows)] = rows
       found.append(Slice(padded, len(rows), self.lengths[which], decoder))
@@ -114,9 +118,44 @@ class Shapes:
     )
 
 
-def best_lengths(
-  lengths: Int[np.ndarray, 'N'], number: int
-) -> tuple[int, ...]:
+def evened(rows: int, total: int) -> int:
+  """At most `rows`, so that slices of that many hold `total` evenly."""
+  return -(-total // max(-(-total // rows), 1))
+
+
+def histogram(
+  inputs: Int[np.ndarray, 'N T'], targets: Int[np.ndarray, 'N L']
+) -> dict[str, Any]:
+  """What `drawn` and `of_targets` need of a sample, small and plain.
+
+  Returns:
+    {'inputs': {length, up to the next multiple: rows}, 'targets': the longest}.
+  """
+  lengths = -(-row_lengths(inputs) // MULTIPLE) * MULTIPLE
+  values, counts = np.unique(lengths, return_counts=True)
+  return {
+    'inputs': {str(v): int(c) for v, c in zip(values, counts, strict=True)},
+    'targets': int(row_lengths(targets).max()),
+  }
+
+
+def drawn(
+  sample: Mapping[str, Any], batch_size: int
+) -> list[Int[np.ndarray, 'B']]:
+  """Lengths of the rows of some batches, at random but always the same."""
+  inputs = sample['inputs']
+  lengths = np.repeat([int(v) for v in inputs], list(inputs.values()))
+  rng, count = np.random.default_rng(0), max(1024 // batch_size, 1)
+  return [rng.choice(lengths, batch_size) for _ in range(count)]
+
+
+def of_targets(sample: Mapping[str, Any], full: int) -> tuple[int, ...]:
+  """The sample's longest, up to the next multiple, and the full length."""
+  short = -(-sample['targets'] // MULTIPLE) * MULTIPLE
+  return (short, full) if short < full else (full,)
+
+
+def best_lengths(lengths: Int[np.ndarray, 'N'], number: int) -> tuple[int, ...]:
   """So many lengths, all out of `lengths`, that pad these rows the least.
 
   Exact, by dynamic programming over the different lengths: `least[j]` is the
@@ -173,7 +212,7 @@ def choose(
   rows: int,
   tokens: int | None = None,
   multiple: int = 1,
-  targets: Sequence[int] = (0,),
+  targets: Sequence[int | None] = (None,),
   lengths: Sequence[int] | None = None,
 ) -> Shapes:
   """The shapes that batches of such lengths are best computed in.
@@ -186,12 +225,14 @@ def choose(
       then the number of rows is chosen for each length, from half of what fits
       on. None: all slices have `rows` rows.
     multiple: of which the numbers of rows are multiples.
-    targets: of the result.
+    targets: of the result; (None,) leaves the decoder's rows as they are.
     lengths: takes these, and chooses nothing but the rows.
 
   Raises:
     UserError: `lengths` are none.
   """
+
+  batches = [np.minimum(one, longest) for one in batches]
 
   def fitted(lengths: Sequence[int]) -> Shapes:
     lengths = tuple(sorted({*lengths, longest}))

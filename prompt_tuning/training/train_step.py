@@ -14,7 +14,6 @@ from prompt_tuning.models.model import Batch
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training.train_state import TrainState
 
-
 # Sums for metrics, and gradients of the trained collections.
 Gradients = tuple[dict[str, Float[Array, '']], dict[str, dict]]
 
