@@ -310,34 +310,24 @@ class Evaluator:
     raise AssertionError('seqio evaluates a data set that it did not cache')
 
   def _run(self, function, variables, features, *arguments) -> Any:
-    """`function` on all rows, in slices, and its results in the rows' order.
+    """`function` on all rows: results [N, ...], of an ensemble [K, N, ...].
 
     Every slice is split as a training batch is. Each process has all examples
-    and puts its rows on its devices; the results come back to all. No slice
-    waits for the one before it.
+    and puts its rows on its devices; the results come back to all.
     """
     if self._shapes is None:
       self._shapes = self._chosen_shapes()
-    members = self._members
-    lengths = slices.row_lengths(features['encoder_input_tokens'])
-    taken, results = self._shapes.slices(lengths), []
-    for number, one in enumerate(taken):
-      batch = one.of(features)
+
+    def call(batch, number):
       if self._evaluation.ensemble:
         batch = ensemble.for_each_member(batch, self._virtual_tokens)
       placed = self._layout.shard_batch(batch)
-      results.append(function(variables, placed, np.int32(number), *arguments))
-    order = np.argsort(np.concatenate([s.rows[: s.filled] for s in taken]))
+      return function(variables, placed, np.int32(number), *arguments)
 
-    def joined(*parts):  # [K, N, ...], or [N, ...]
-      by_member = [
-        part.reshape(members, -1, *part.shape[1:])[:, : one.filled]
-        for part, one in zip(parts, taken, strict=True)
-      ]
-      whole = np.concatenate(by_member, axis=1)[:, order]
-      return whole if self._evaluation.ensemble else whole[0]
-
-    return jax.tree.map(joined, *jax.device_get(results))
+    found = slices.run(self._shapes, features, call, members=self._members)
+    if self._evaluation.ensemble:
+      return found
+    return jax.tree.map(lambda whole: whole[0], found)
 
   @property
   def _members(self) -> int:

@@ -12,10 +12,11 @@ for each number of lengths the best ones are found exactly, and one more is
 taken as long as it saves enough to be worth compiling.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Int, Shaped
 import numpy as np
 
@@ -116,6 +117,51 @@ class Shapes:
       f'rows are padded to {lengths} tokens, virtual ones included, in slices'
       f' of {", ".join(map(str, self.rows))}'
     )
+
+
+def ladder(shortest: int, longest: int) -> tuple[int, ...]:
+  """Lengths for rows that nobody has seen yet: x, 1.5 x, 2 x, 3 x, 4 x, ..."""
+  found, step = [], shortest
+  while step < longest:
+    found += [step, step * 3 // 2]
+    step *= 2
+  return (*(length for length in found if length < longest), longest)
+
+
+def run(
+  shapes: Shapes,
+  features: Mapping[str, Shaped[np.ndarray, 'N _']],
+  call: Callable[[dict[str, np.ndarray], int], Any],
+  targets: Int[np.ndarray, 'N'] | None = None,
+  members: int = 1,
+) -> Any:
+  """What a function gives for all rows, a slice at a time, in the rows' order.
+
+  No slice waits for the one before it.
+
+  Args:
+    shapes: of the slices.
+    features: of the rows, padded.
+    call: (features of a slice, its number) -> a tree of device arrays
+      [K * r, ...].
+    targets: lengths of the decoder's rows; None: they are not cut.
+    members: K, results of each row.
+
+  Returns:
+    The tree as numpy arrays [K, N, ...].
+  """
+  taken = shapes.slices(row_lengths(features['encoder_input_tokens']), targets)
+  results = [call(one.of(features), n) for n, one in enumerate(taken)]
+  order = np.argsort(np.concatenate([one.rows[: one.filled] for one in taken]))
+
+  def joined(*parts):
+    by_member = [
+      part.reshape(members, -1, *part.shape[1:])[:, : one.filled]
+      for part, one in zip(parts, taken, strict=True)
+    ]
+    return np.concatenate(by_member, axis=1)[:, order]
+
+  return jax.tree.map(joined, *jax.device_get(results))
 
 
 def evened(rows: int, total: int) -> int:

@@ -90,5 +90,7 @@ def _sliced(
   )
   for one in shapes.slices(inputs, targets):
     batch = one.of(rows)
+    ones = np.ones_like(batch['decoder_target_tokens'])
+    batch.setdefault('decoder_loss_weights', ones)
     batch['decoder_loss_weights'][one.filled :] = 0
     yield batch
