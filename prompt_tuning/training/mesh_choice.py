@@ -21,9 +21,9 @@ from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
 
 GIB = 2**30
-# Tokens of a microbatch on a CPU (T5 1.1 small, two cores of a Xeon: as fast as
-# 2,500, and in less memory).
-CPU_TOKENS = 1024
+# Tokens of a microbatch on a CPU: T5 1.1 small on two cores of a Xeon is slower
+# with few, and no faster with more.
+CPU_TOKENS = 2048
 # Of a device's memory: the rest is for the runtime, for what the allocator
 # cannot fill, and for what the formulas leave out.
 _USABLE = 0.92

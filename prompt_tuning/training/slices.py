@@ -29,8 +29,8 @@ MULTIPLE = 8
 MOST = 6
 WORTH = 0.02
 # A slice costs, beside its rows, about what so many tokens cost (the weights
-# are read again; T5 1.1 small on two cores of a Xeon: 60 to 100).
-OVERHEAD = 64
+# are read again; T5 1.1 small on two cores of a Xeon: 80 to 150).
+OVERHEAD = 96
 # Batches of so few tokens are computed as they are.
 SMALL = 256
 
@@ -268,8 +268,8 @@ def choose(
     longest: the full length, which is always among them.
     rows: of a slice, at most.
     tokens: of a slice, at most, though a slice has `multiple` rows at least;
-      then the number of rows is chosen for each length, from half of what fits
-      on. None: all slices have `rows` rows.
+      then the number of rows is chosen for each length, from a quarter of what
+      fits on. None: all slices have `rows` rows.
     multiple: of which the numbers of rows are multiples.
     targets: of the result; (None,) leaves the decoder's rows as they are.
     lengths: takes these, and chooses nothing but the rows.
@@ -296,8 +296,8 @@ def choose(
     """Of fewer rows, where slices that are not full would cost more."""
     best, least = shapes, _cost(shapes, batches)
     for number, most in enumerate(shapes.rows):
-      half = max(most // 2 // multiple, 1) * multiple
-      for fewer in range(half, most, multiple):
+      quarter = max(most // 4 // multiple, 1) * multiple
+      for fewer in range(quarter, most, multiple):
         tried = list(best.rows)
         tried[number] = fewer
         tried = dataclasses.replace(best, rows=tuple(tried))

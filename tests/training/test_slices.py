@@ -1,6 +1,9 @@
 """Rows by length: which shapes, and that what is computed is the same."""
 
+import dataclasses
 import itertools
+import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +17,15 @@ from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.methods.prompt import uniform
 from prompt_tuning.methods.tied_prompt import TiedPrompt
 from prompt_tuning.models import network
+from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import batches as batches_lib
+from prompt_tuning.training import loop
 from prompt_tuning.training import partitioning
 from prompt_tuning.training import setup
 from prompt_tuning.training import slices
+from prompt_tuning.training.base import BaseCheckpoint
+from prompt_tuning.training.mesh_choice import Partitioner
 from prompt_tuning.training.train_state import TrainState
 from prompt_tuning.training.train_step import train_step
 
@@ -174,3 +181,148 @@ def test_a_sliced_step_equals_the_padded_one(variables, trained, normalizer):
     new.trainable,
     expected.trainable,
   )
+  # A function for each shape that there was, no more.
+  seen = {
+    tuple(part.batch[name].shape for name in sorted(part.batch))
+    for part in placed.content
+  }
+  assert step._add._cache_size() == len(seen) <= 3
+
+
+def test_decoding_scores_and_ranks_do_not_depend_on_padding(variables):
+  model = EncoderDecoderModel(CONFIG, methods=(Prompt(P, 1, uniform()),))
+  rows = batch(3)
+  labels = jnp.array([[5, 1, 0], [7, 8, 1]], jnp.int32)
+  for function in (
+    model.predict_batch_with_aux,
+    model.score_batch,
+    lambda v, b: model.rank_classify(v, b, labels),
+  ):
+    function = jax.jit(function)
+    expected = jax.device_get(function(variables, rows))
+    found = slices.run(
+      dataclasses.replace(FEWER, targets=(None,)),
+      rows,
+      lambda part, number, function=function: function(variables, part),
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-5),
+      found,
+      expected,
+    )
+
+
+def test_the_rows_of_all_members_come_back_in_order():
+  rows = {'encoder_input_tokens': np.array([[3, 0], [4, 5], [6, 0]])}
+  shapes = slices.Shapes((1, 2), (2, 2), (None,))
+  found = slices.run(
+    shapes,
+    rows,
+    lambda part, number: np.concatenate(
+      [k * 10 + part['encoder_input_tokens'][:, :1] for k in range(2)]
+    ),
+    members=2,
+  )
+  assert found.tolist() == [[[3], [4], [6]], [[13], [14], [16]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Varied:
+  """Texts of 1 to 45 ids, most of them short."""
+
+  batch_size: int = 8
+  feature_lengths = {'inputs': 45, 'targets': 16}
+  vocabulary: str | None = None
+  name: str | None = None
+  num_shards: int | None = None
+
+  def class_labels(self):
+    return None
+
+  def batches(self, *, virtual_tokens, seed, start, rows, num_shards):
+    virtual = [] if virtual_tokens is None else virtual_tokens.ids()
+    for index in itertools.count(start):
+      rng = np.random.default_rng((seed, index))
+      inputs = np.zeros((self.batch_size, len(virtual) + 45), np.int32)
+      targets = np.zeros((self.batch_size, 16), np.int32)
+      for row, target in zip(inputs, targets, strict=True):
+        length = rng.integers(1, 46 if rng.random() < 0.2 else 12)
+        text = [*virtual, *rng.integers(2, 30, length)]
+        row[: len(text)] = text
+        target[:2] = 7, 1
+      yield {
+        'encoder_input_tokens': inputs,
+        'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+        'decoder_target_tokens': targets,
+        'decoder_loss_weights': (targets > 0).astype(np.float32),
+      }
+
+
+def test_batches_keep_their_order_and_a_run_its_shapes():
+  def batches(start=0):
+    return Varied().batches(
+      virtual_tokens=None, seed=3, start=start, rows=None, num_shards=1
+    )
+
+  layout = partitioning.single_device()
+  record = types.SimpleNamespace(lengths=None)
+  how = (layout, 8, None, 1, None)
+  given, shapes = setup.sliced(batches(), record, *how)
+  for one, other in zip(itertools.islice(given, 80), batches()):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+  assert shapes.lengths[-1] == 45 and 1 < len(shapes.lengths) <= 7
+  assert shapes.targets == (8, 16)
+  # Rounded up, and as JSON gives it back.
+  assert sum(record.lengths['inputs'].values()) == 32 * 8
+  saved = types.SimpleNamespace(lengths=json.loads(json.dumps(record.lengths)))
+  _, again = setup.sliced(batches(70), saved, *how)
+  assert again == shapes
+  _, fixed = setup.sliced(batches(), record, layout, 8, 4, 4, (20,))
+  assert (fixed.lengths, fixed.rows) == ((20, 45), (2, 2))
+  _, none = setup.sliced(batches(), record, layout, 8, 4, 4, (45,))
+  assert none is None
+
+
+def test_a_sliced_run_ends_where_a_padded_one_does(tmp_path):
+  params = jax.jit(EncoderDecoderModel(CONFIG).init_params)(jax.random.key(5))
+  arrays = jax.tree.map(np.asarray, parameters.flatten(params))
+
+  def run(folder, steps, **settings):
+    result = loop.train(
+      model_dir=tmp_path / folder,
+      model=EncoderDecoderModel(CONFIG),
+      data=Varied(),
+      base=BaseCheckpoint('tiny base', 1000, arrays, {}),
+      methods=(Prompt(P, 1, uniform()),),
+      train_steps_relative=steps,
+      log_period=1,
+      validation_data=Varied(),
+      validation_batches=2,
+      eval_period=4,
+      partitioner=OneDevice(),
+      **settings,
+    )
+    lines = (tmp_path / folder / 'metrics.jsonl').read_text().splitlines()
+    return result.variables['prompt']['table'], list(map(json.loads, lines))
+
+  padded, lines = run('padded', 4, row_lengths=(), microbatches=2)
+  sliced, fewer = run('sliced', 4)
+  np.testing.assert_allclose(sliced, padded, atol=1e-4)
+  for one, other in zip(lines, fewer, strict=True):
+    for name in ('loss', 'accuracy', 'tokens', 'validation/loss'):
+      if name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4)
+  assert fewer[2]['padding_share'] < 0.5 < lines[2]['padding_share']
+  run('resumed', 2)
+  resumed, _ = run('resumed', 4)
+  np.testing.assert_array_equal(resumed, sliced)
+  # How it is computed is no other run.
+  changed, _ = run('resumed', 5, row_lengths=(), microbatches=1)
+  assert np.isfinite(changed).all()
+
+
+class OneDevice(Partitioner):
+  """All on the first of the eight devices that tests have."""
+
+  def layout(self, workload, devices=None):
+    return super().layout(workload, jax.devices()[:1])
