@@ -335,14 +335,19 @@ class Evaluator:
     return self._virtual_tokens.num_prompts if self._evaluation.ensemble else 1
 
   def _chosen_shapes(self) -> slices.Shapes:
-    """Those of all tasks' slices, with as many rows as a batch has."""
+    """Those of all tasks' slices, with the rows of a batch at most."""
     inputs = [t.features['encoder_input_tokens'] for t in self._tasks.values()]
     rows = -(-self._evaluation.batch_size // self._members)
     rows = slices.evened(rows, max(map(len, inputs)))
+    rows = self._layout.padded(rows)
+    longest = max(ids.shape[1] for ids in inputs)
     return slices.choose(
       [slices.row_lengths(ids) for ids in inputs],
-      max(ids.shape[1] for ids in inputs),
-      rows=self._layout.padded(rows),
+      longest,
+      rows=rows,
+      # A CPU is no faster with more rows, so that fewer may save padding.
+      tokens=rows * longest if self._layout.on_cpu else None,
+      multiple=self._layout.batch_shards,
     )
 
   def _answers(

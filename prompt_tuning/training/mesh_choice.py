@@ -161,11 +161,10 @@ class Workload:
     if self.microbatches is not None:
       return self.microbatches
     rows = self.batch_size // layout.batch_shards
-    on_cpu = layout.mesh.devices.flat[0].platform == 'cpu'
     for parts in range(1, rows + 1):
       if rows % parts:
         continue
-      if on_cpu:
+      if layout.on_cpu:
         fits = rows // parts * self.inputs_length <= CPU_TOKENS
       else:
         one = dataclasses.replace(self, microbatches=parts)

@@ -584,8 +584,7 @@ def sliced(
       np.concatenate([one['decoder_target_tokens'] for one in seen]),
     )
   rows, tokens = batch_size // parts, None
-  on_cpu = layout.mesh.devices.flat[0].platform == 'cpu'
-  if microbatches is None and on_cpu:
+  if microbatches is None and layout.on_cpu:
     rows, tokens = batch_size, mesh_choice.CPU_TOKENS * layout.batch_shards
   shapes = slices.choose(
     slices.drawn(record.lengths, batch_size),
