@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.model_tuning import ModelTuning
 from prompt_tuning.methods.prompt import Prompt
@@ -28,6 +29,7 @@ from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.mesh_choice import Partitioner
 from prompt_tuning.training.train_state import TrainState
 from prompt_tuning.training.train_step import train_step
+from prompt_tuning.training.validation import Validation
 
 CONFIG = network.T5Config(
   vocab_size=32,
@@ -296,9 +298,6 @@ def test_a_sliced_run_ends_where_a_padded_one_does(tmp_path):
       methods=(Prompt(P, 1, uniform()),),
       train_steps_relative=steps,
       log_period=1,
-      validation_data=Varied(),
-      validation_batches=2,
-      eval_period=4,
       partitioner=OneDevice(),
       **settings,
     )
@@ -306,19 +305,36 @@ def test_a_sliced_run_ends_where_a_padded_one_does(tmp_path):
     return result.variables['prompt']['table'], list(map(json.loads, lines))
 
   padded, lines = run('padded', 4, row_lengths=(), microbatches=2)
-  sliced, fewer = run('sliced', 4)
+  sliced, fewer = run('sliced', 4, row_lengths=(16,))
   np.testing.assert_allclose(sliced, padded, atol=1e-4)
   for one, other in zip(lines, fewer, strict=True):
-    for name in ('loss', 'accuracy', 'tokens', 'validation/loss'):
-      if name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=1e-4)
-  assert fewer[2]['padding_share'] < 0.5 < lines[2]['padding_share']
-  run('resumed', 2)
-  resumed, _ = run('resumed', 4)
+    for name in ('loss', 'accuracy', 'tokens'):
+      np.testing.assert_allclose(one[name], other[name], rtol=1e-4)
+  assert fewer[2]['padding_share'] < lines[2]['padding_share'] - 0.1
+  run('resumed', 2, row_lengths=(16,))
+  resumed, _ = run('resumed', 4, row_lengths=(16,))
   np.testing.assert_array_equal(resumed, sliced)
   # How it is computed is no other run.
   changed, _ = run('resumed', 5, row_lengths=(), microbatches=1)
   assert np.isfinite(changed).all()
+
+
+def test_validation_is_that_of_padded_batches(variables):
+  model = EncoderDecoderModel(CONFIG, methods=(Prompt(P, 1, uniform()),))
+  tokens = VirtualTokens(first_id=32, length=P)
+  validation = Validation(
+    model, Varied(), tokens, 2, partitioning.single_device()
+  )
+  found = validation.evaluate(variables, 0)
+  batches = Varied().batches(
+    virtual_tokens=tokens, seed=0, start=0, rows=None, num_shards=1
+  )
+  loss_fn = jax.jit(lambda batch: model.loss_fn(variables, batch)[1])
+  sums = [loss_fn(batch) for batch in itertools.islice(batches, 2)]
+  loss, tokens = (
+    sum(one[name] for one in sums) for name in ('cross_entropy', 'tokens')
+  )
+  np.testing.assert_allclose(found['validation/loss'], loss / tokens, rtol=1e-5)
 
 
 class OneDevice(Partitioner):
