@@ -79,7 +79,7 @@ def truncated(
 
 def check_truncation(
   task: 'seqio.Task | seqio.Mixture', split: str, limits: Mapping[str, int]
-) -> None:
+) -> dict[str, Int[np.ndarray, 'N']]:
   """Warns of texts that are cut, refuses to cut labels.
 
   Looks at the first `SAMPLE` examples of each task, and at all labels.
@@ -89,11 +89,15 @@ def check_truncation(
     split: tasks without it are left out.
     limits: TASK_FEATURE_LENGTHS.
 
+  Returns:
+    The lengths that it saw, uncut; none of a task that cuts by itself.
+
   Raises:
     UserError: if a label of a classification task, with EOS, does not fit.
   """
   import seqio
 
+  seen: dict[str, list] = {'inputs': [], 'targets': []}
   for part in seqio.get_subtasks(task):
     if split not in part.splits or cut_by_task(part):
       continue
@@ -109,6 +113,8 @@ def check_truncation(
           ' give more'
         )
     sample = measure(part, split, SAMPLE)
+    for name, values in sample.items():
+      seen[name].append(values)
     for name, share in truncated(sample, limits).items():
       if share > TOLERATED:
         logger.warning(
@@ -122,3 +128,5 @@ def check_truncation(
           limits[name],
           int(np.ceil(np.percentile(sample[name], 99))),
         )
+  none = np.zeros(0, np.int32)
+  return {name: np.concatenate([none, *found]) for name, found in seen.items()}

@@ -11,6 +11,7 @@ from jaxtyping import Int
 import numpy as np
 
 from prompt_tuning.data import checking
+from prompt_tuning.data import packing
 from prompt_tuning.data.task import Task
 from prompt_tuning.data.task import import_seqio
 from prompt_tuning.data.virtual_tokens import VirtualTokens
@@ -25,7 +26,10 @@ class TaskData:
     task: which.
     batch_size: rows of a batch.
     split: the task's split to read.
-    pack: several examples in one row.
+    pack: several examples in one row (see `data.packing`), whose targets are
+      longer than those of one; a row is one of `batch_size`.
+    packed_targets_length: of such rows, in ids; None: as a sample of the data
+      needs it.
     shuffle: whether examples come in a random order (drawn from the seed).
     num_shards: parts the data are read in (see `batches`); None leaves it to
       the run: as many as its processes need. The order of examples depends on
@@ -36,6 +40,7 @@ class TaskData:
   batch_size: int
   split: str = 'train'
   pack: bool = False
+  packed_targets_length: int | None = None
   shuffle: bool = True
   num_shards: int | None = None
 
@@ -109,7 +114,13 @@ class TaskData:
       virtual_tokens,
       self.shuffle,
     )
-    lengths_lib.check_truncation(task, self.split, lengths)
+    sample = lengths_lib.check_truncation(task, self.split, lengths)
+    targets_length = self.packed_targets_length or packing.targets_length(
+      sample['inputs'],
+      sample['targets'],
+      lengths,
+      0 if virtual_tokens is None else virtual_tokens.length,
+    )
     options = {
       'sequence_length': dict(lengths),
       'split': self.split,
@@ -124,12 +135,10 @@ class TaskData:
     }
     if isinstance(task, seqio.Mixture):  # drops what it does not know
       options['passthrough_features'] = (feature_converter.PROMPT_INDEX,)
-    converter = feature_converter.VirtualTokensFeatureConverter(
-      virtual_tokens, pack=self.pack
-    )
+    converter = feature_converter.VirtualTokensFeatureConverter(virtual_tokens)
     share = self.batch_size // num_shards
     wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows)
-    parts = []  # (data set, which rows of its batches)
+    parts = []  # (batches, which rows of them)
     for index in np.unique(wanted // share).tolist():
       if num_shards > 1:
         options['shard_info'] = seqio.ShardInfo(index, num_shards)
@@ -138,17 +147,20 @@ class TaskData:
         if not self.pack:
           dataset = dataset.skip(start * share)
         dataset = converter(dataset, lengths)
-        dataset = dataset.batch(share, drop_remainder=True)
         if self.pack:
           # How many examples a packed row takes depends on their lengths.
-          dataset = dataset.skip(start)
-        dataset = dataset.prefetch(2)
-      parts.append((dataset, wanted[wanted // share == index] % share))
+          examples = dataset.prefetch(2 * share).as_numpy_iterator()
+          packed = packing.rows(examples, targets_length)
+          batches = packing.batches(packed, share, start)
+        else:
+          dataset = dataset.batch(share, drop_remainder=True).prefetch(2)
+          batches = dataset.as_numpy_iterator()
+      parts.append((batches, wanted[wanted // share == index] % share))
     return self._read(parts, task, num_shards)
 
   def _read(self, parts, task, num_shards):
     with checking.reading(task, self.split):
-      for batches in zip(*(part.as_numpy_iterator() for part, _ in parts)):
+      for batches in zip(*(part for part, _ in parts)):
         yield {
           name: np.concatenate(
             [batch[name][rows] for batch, (_, rows) in zip(batches, parts)]

@@ -25,6 +25,7 @@ from prompt_tuning.data.templates import Template
 from prompt_tuning.errors import UserError
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.serving import loading
+from prompt_tuning.serving.predictor import WINDOW
 from prompt_tuning.serving.predictor import Predictor
 from prompt_tuning.training import hosts
 from prompt_tuning.training import reporting
@@ -181,7 +182,10 @@ def infer(
     if target is not None:
       waiting, others = itertools.tee(waiting)
       targets = (answer for _, _, answer in others)
-    made = predictor.records((text for _, text, _ in waiting), labels, targets)
+    # What comes through a pipe is answered as it comes.
+    window = None if total is None else WINDOW * batch_size
+    inputs = (text for _, text, _ in waiting)
+    made = predictor.records(inputs, labels, targets, window)
     for record, (fields, *_) in zip(made, kept):
       if not counts['examples']:
         _say(loaded)

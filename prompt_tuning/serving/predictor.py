@@ -25,6 +25,7 @@ from prompt_tuning.models.decoding import temperature_sample
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.serving import loading
 from prompt_tuning.serving.loading import Loaded
+from prompt_tuning.training import slices
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.trained import Trained
 
@@ -33,9 +34,11 @@ logger = logging.getLogger(__name__)
 # A text, or a record whose fields the template names.
 Text = str | Mapping[str, Any]
 
-# The shortest encoder rows, and rows of targets that are scored; longer ones
-# double, so few shapes are compiled.
+# The shortest encoder rows (see `slices.ladder`), and rows of targets that are
+# scored, which double: few shapes are compiled.
 _SHORTEST, _SHORTEST_TARGETS = 32, 8
+# Batches of texts that are sorted by length at once.
+WINDOW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Predictor:
     targets_length: ids of a prediction, EOS included.
     batch_size: texts that run at once.
     prompt_index: which prompt of a table of several.
-    seed: of decoding, where it samples.
+    seed: of decoding, where it samples; what is drawn for a text depends on
+      those beside it.
     template: makes the model's input; a plain text takes the place of its only
       field. Plain texts for a template of several fields are inputs as they
       are.
@@ -148,8 +152,9 @@ class Predictor:
     texts: Iterable[Text],
     labels: Sequence[str] | None = None,
     targets: Iterable[str] | None = None,
+    window: int | None = None,
   ) -> Iterator[dict[str, Any]]:
-    """Yields one record a text, in order, as soon as its batch is done.
+    """Yields one record a text, in order.
 
     A record has `input`, `prediction` and `score`, the prediction's
     log-likelihood in nats, its EOS included; with labels also `scores`, the
@@ -158,9 +163,12 @@ class Predictor:
     no prediction, and the score is the target's.
 
     Args:
-      texts: read a batch at a time.
+      texts: read a window at a time.
       labels: rank these by likelihood; None generates text.
       targets: score these, one for each text; they are not cut.
+      window: texts that are sorted by length, so that those of a batch are
+        about as long, before the first is answered; None: 16 batches of a
+        list, one of what is read as it comes.
 
     Raises:
       UserError: fewer than two labels, or some that cannot be told apart.
@@ -169,25 +177,26 @@ class Predictor:
     if labels is not None:
       vocabularies.label_pieces(self.vocabulary, labels, 'ranking')
       label_rows = self._targets(labels)
+    if window is None:
+      at_hand = isinstance(texts, Sequence)
+      window = self.batch_size * (WINDOW if at_hand else 1)
     answers = None if targets is None else iter(targets)
     waiting, seen, cut_texts = iter(texts), 0, 0
-    for number in itertools.count():
-      chunk = list(itertools.islice(waiting, self.batch_size))
-      if not chunk:
-        break
+    while chunk := list(itertools.islice(waiting, window)):
       chunk = [
         self.input_of(text, f'text {seen + i}') for i, text in enumerate(chunk)
       ]
       inputs, cut = self._encoder_inputs(chunk)
+      shapes = self._shapes(self.batch_size if seen else len(chunk))
       if answers is not None:
         given = list(itertools.islice(answers, len(chunk)))
-        records = self._score_of(chunk, inputs, given)
+        records = self._score_of(shapes, inputs, given)
       elif label_rows is None:
-        records = self._generate(chunk, inputs, number)
+        records = self._generate(shapes, inputs, seen)
       else:
-        records = self._rank(chunk, inputs, labels, label_rows)
-      for record, ids in zip(records, cut):
-        yield record | ({'cut': ids} if ids else {})
+        records = self._rank(shapes, inputs, labels, label_rows)
+      for text, record, ids in zip(chunk, records, cut, strict=True):
+        yield {'input': text, **record} | ({'cut': ids} if ids else {})
       seen, cut_texts = seen + len(chunk), cut_texts + np.count_nonzero(cut)
     if cut_texts:
       logger.warning(
@@ -197,27 +206,32 @@ class Predictor:
 
   def _encoder_inputs(
     self, texts: Sequence[str]
-  ) -> tuple[Int[np.ndarray, 'B T'], list[int]]:
-    """Rows of equal length, and how many ids of each text were cut off.
-
-    The last batch is filled up by empty texts.
-    """
+  ) -> tuple[Int[np.ndarray, 'N T'], list[int]]:
+    """Rows, padded, and how many ids of each text were cut off."""
     encoded = [self.vocabulary.encode(text) for text in texts]
-    longest = max(len(ids) + 1 for ids in encoded)
-    length = _SHORTEST
-    while length < longest:
-      length *= 2
-    length = min(length, self.inputs_length)
     cut = [max(len(ids) + 1 - self.inputs_length, 0) for ids in encoded]
-    rows = self.loaded.layout.padded(self.batch_size)
-    encoded += [[]] * (rows - len(encoded))
     inputs = [
       virtual_tokens_lib.encoder_row(
-        ids, length, self.loaded.virtual_tokens, self.prompt_index
+        ids, self.inputs_length, self.loaded.virtual_tokens, self.prompt_index
       )
       for ids in encoded
     ]
     return np.stack(inputs), cut
+
+  def _shapes(self, texts: int) -> slices.Shapes:
+    """Those that so many texts run in: a batch of few has a row for each."""
+    rows = self.batch_size
+    while rows // 2 >= texts:
+      rows //= 2
+    lengths = slices.ladder(
+      min(_SHORTEST, self.inputs_length), self.inputs_length
+    )
+    virtual = virtual_tokens_lib.encoder_length(0, self.loaded.virtual_tokens)
+    return slices.Shapes(
+      tuple(virtual + length for length in lengths),
+      (self.loaded.layout.padded(rows),) * len(lengths),
+      (None,),
+    )
 
   def _targets(self, texts: Sequence[str]) -> Int[np.ndarray, 'N L']:
     rows = [self.vocabulary.encode(text) for text in texts]
@@ -226,57 +240,53 @@ class Predictor:
     return virtual_tokens_lib.target_rows(rows, self.vocabulary.eos_id)
 
   def _generate(
-    self, texts: Sequence[str], inputs: Int[np.ndarray, 'B T'], number: int
+    self, shapes: slices.Shapes, inputs: Int[np.ndarray, 'N T'], seen: int
   ) -> Iterator[dict[str, Any]]:
-    key = jax.random.fold_in(jax.random.key(self.seed), number)
     empty = np.zeros((len(inputs), self.targets_length), np.int32)
-    ids, scores = jax.device_get(
-      self._decode_and_score(
-        self.loaded.variables, self._placed(inputs, empty), key
-      )
-    )
-    for text, row, score in zip(texts, ids, scores):
+    key = jax.random.fold_in(jax.random.key(self.seed), seen)
+
+    def call(batch, number):
+      args = (self._placed(batch), jax.random.fold_in(key, number))
+      return self._decode_and_score(self.loaded.variables, *args)
+
+    (ids,), (scores,) = slices.run(shapes, _features(inputs, empty), call)
+    for row, score in zip(ids, scores, strict=True):
       prediction = self.vocabulary.decode(row.tolist())
       if self.target_sentinel:
         prediction = postprocessors.without_sentinel(prediction)
-      yield {'input': text, 'prediction': prediction, 'score': float(score)}
+      yield {'prediction': prediction, 'score': float(score)}
 
-  def _score_of(self, texts, inputs, targets) -> Iterator[dict]:
-    rows = self._targets(targets)  # [len(texts), L]
-    length = _SHORTEST_TARGETS
-    while length < rows.shape[1]:
-      length *= 2
-    chosen = np.zeros((len(inputs), length), np.int32)
-    chosen[: len(rows), : rows.shape[1]] = rows
-    scores = jax.device_get(
-      self._score(self.loaded.variables, self._placed(inputs, chosen))
-    )
-    for text, score in zip(texts, scores):
-      yield {'input': text, 'score': float(score)}
+  def _score_of(self, shapes, inputs, targets) -> Iterator[dict]:
+    rows = self._targets(targets)  # [N, L]
+    lengths = [_SHORTEST_TARGETS]
+    while lengths[-1] < rows.shape[1]:
+      lengths.append(2 * lengths[-1])
+    shapes = dataclasses.replace(shapes, targets=tuple(lengths))
+    rows = np.pad(rows, ((0, 0), (0, lengths[-1] - rows.shape[1])))
 
-  def _rank(self, texts, inputs, labels, label_rows) -> Iterator[dict]:
-    scores = jax.device_get(
-      self._label_scores(
-        self.loaded.variables, self._placed(inputs), label_rows
-      )
-    )
-    for text, row in zip(texts, scores):
+    def call(batch, number):
+      return self._score(self.loaded.variables, self._placed(batch))
+
+    used = slices.row_lengths(rows)
+    (scores,) = slices.run(shapes, _features(inputs, rows), call, used)
+    for score in scores:
+      yield {'score': float(score)}
+
+  def _rank(self, shapes, inputs, labels, label_rows) -> Iterator[dict]:
+    def call(batch, number):
+      batch = self._placed(batch)
+      return self._label_scores(self.loaded.variables, batch, label_rows)
+
+    (scores,) = slices.run(shapes, _features(inputs), call)
+    for row in scores:
       best = int(np.argmax(row))
       yield {
-        'input': text,
         'prediction': labels[best],
         'score': float(row[best]),
         'scores': {label: float(score) for label, score in zip(labels, row)},
       }
 
-  def _placed(
-    self,
-    inputs: Int[np.ndarray, 'B T'],
-    targets: Int[np.ndarray, 'B L'] | None = None,
-  ) -> dict[str, Array]:
-    batch = {'encoder_input_tokens': inputs}
-    if targets is not None:
-      batch |= _as_targets(targets, np)
+  def _placed(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     return self.loaded.layout.shard_batch(batch)
 
   def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -366,6 +376,14 @@ def _beside(base: BaseCheckpoint) -> str:
   if hugging_face.is_hub_id(base.path) and not os.path.exists(base.path):
     return str(hugging_face.download(base.path))
   return base.path
+
+
+def _features(
+  inputs: Int[np.ndarray, 'N T'], targets: Int[np.ndarray, 'N L'] | None = None
+) -> dict[str, np.ndarray]:
+  """The model's features of rows."""
+  features = {'encoder_input_tokens': inputs}
+  return features if targets is None else features | _as_targets(targets, np)
 
 
 def _as_targets(ids: Any, xp: Any = jnp) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import queue
 import threading
 import time
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
 from prompt_tuning.training import partitioning
+from prompt_tuning.training.slices import Shapes
+from prompt_tuning.training.slices import row_lengths
 
 
 @runtime_checkable
@@ -75,20 +77,81 @@ class Described(Protocol):
     """Another one for other examples, wherever they lie."""
 
 
+class Part(NamedTuple):
+  """Some rows of a batch.
+
+  Attributes:
+    batch: the model's features.
+    weights: the model's `token_weights` of the whole batch, for these rows.
+    number: of the part, int32.
+  """
+
+  batch: dict[str, jax.Array]
+  weights: jax.Array
+  number: jax.Array
+
+
+class Placed(NamedTuple):
+  """A batch on the mesh, whole or in parts.
+
+  Attributes:
+    content: the model's features, or the parts of a batch that is in slices.
+    examples: rows.
+    tokens: encoder's and decoder's, as they are computed.
+    filled: those of them that are no padding.
+  """
+
+  content: dict[str, jax.Array] | list[Part]
+  examples: int
+  tokens: int
+  filled: int
+
+
 def placed(
   batch: Mapping[str, np.ndarray],
   layout: partitioning.Layout,
   batch_size: int,
   rows: int,
-) -> dict[str, jax.Array]:
-  """The batch on the mesh, if the network has a row for every id."""
+  shapes: Shapes | None,
+  token_weights: Callable[[Any], Any],
+) -> Placed:
+  """The batch on the mesh, if the network has a row for every id.
+
+  Args:
+    batch: this process's rows.
+    layout: of the mesh.
+    batch_size: B.
+    rows: of the embedding, virtual tokens included.
+    shapes: of the slices; None: the batch stays whole.
+    token_weights: the model's.
+  """
   largest = int(batch['encoder_input_tokens'].max())
   if largest >= rows:
     raise UserError(
       f'the data has id {largest}, the model embeds ids below {rows}; give the'
       ' vocabulary of the model'
     )
-  return layout.shard_batch(batch, batch_size)
+  pair = batch['encoder_input_tokens'], batch['decoder_target_tokens']
+  filled = sum(map(np.count_nonzero, pair))
+  if shapes is None:
+    content = layout.shard_batch(batch, batch_size)
+    width = sum(ids.shape[1] for ids in pair)
+    filled = filled * batch_size // len(pair[0])  # of others, about
+    return Placed(content, batch_size, batch_size * width, filled)
+  weights = np.asarray(token_weights(batch))
+  content, tokens = [], 0
+  for number, one in enumerate(shapes.slices(*map(row_lengths, pair))):
+    counted = weights[one.rows, : one.targets]
+    counted[one.filled :] = 0
+    content.append(
+      Part(
+        layout.shard_batch(one.of(batch)),
+        layout.shard_batch({'weights': counted})['weights'],
+        layout.replicate(np.int32(number)),
+      )
+    )
+    tokens += len(one.rows) * (one.inputs + one.targets)
+  return Placed(content, batch_size, tokens, filled)
 
 
 class Prefetch:
@@ -121,7 +184,7 @@ class Prefetch:
 
     threading.Thread(target=fill, daemon=True).start()
 
-  def next(self) -> tuple[dict[str, jax.Array], float]:
+  def next(self) -> tuple[Any, float]:
     """A batch, and the seconds it was waited for."""
     start = time.monotonic()
     batch, error = self._queue.get()

@@ -1,7 +1,5 @@
 """Contextual calibration of labels (Zhao et al. 2021, section 5)."""
 
-from collections.abc import Mapping
-
 from jaxtyping import Float, Int
 import numpy as np
 
@@ -52,12 +50,3 @@ def calibrated(
 
   anyway = special.softmax(content_free, axis=-1).mean(axis=0)
   return likelihoods - np.log(anyway)
-
-
-def batch_of(
-  rows: Int[np.ndarray, 'F T'], batch: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-  """A batch like another one with these rows in it, again and again."""
-  size = len(batch['encoder_input_tokens'])
-  numbers = np.arange(size) % len(rows)
-  return {**batch, 'encoder_input_tokens': rows[numbers]}

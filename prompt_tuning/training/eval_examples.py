@@ -1,6 +1,5 @@
 """The examples of an evaluation, kept in host memory as text and as batches."""
 
-from collections.abc import Iterator
 import typing
 
 from jaxtyping import Int
@@ -16,9 +15,10 @@ if typing.TYPE_CHECKING:
 
 
 class TaskExamples:
-  """One task's examples as text and as batches of one size.
+  """One task's examples, as text and as the model's features.
 
   Attributes:
+    features: {name: [N, length]}, padded.
     label_tokens: ids of its labels [C, L], if it is `ranked`.
   """
 
@@ -44,7 +44,7 @@ class TaskExamples:
       ].as_numpy_iterator()
     ]
     self.size = len(rows)
-    self._rows = {
+    self.features = {
       name: np.stack([row[name] for row in rows]) for name in rows[0]
     }
     self.label_tokens = None
@@ -54,21 +54,7 @@ class TaskExamples:
   @property
   def target_rows(self) -> Int[np.ndarray, 'N L']:
     """The truth as ids."""
-    return self._rows['decoder_target_tokens']
-
-  def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples in order, in batches of one size.
-
-    Rows that fill the last batch repeat the first example with loss weight
-    zero; who runs the model drops what comes out for them.
-    """
-    for start in range(0, self.size, batch_size):
-      numbers = np.arange(start, start + batch_size)
-      added = numbers >= self.size
-      numbers[added] = 0
-      batch = {name: values[numbers] for name, values in self._rows.items()}
-      batch['decoder_loss_weights'][added] = 0
-      yield batch
+    return self.features['decoder_target_tokens']
 
   def within_vocabulary(
     self, ids: Int[np.ndarray, 'N L']

@@ -25,6 +25,7 @@ from prompt_tuning.training import calibration
 from prompt_tuning.training import ensemble
 from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
+from prompt_tuning.training import slices
 from prompt_tuning.training.best import SCORE
 from prompt_tuning.training.eval_examples import TaskExamples
 
@@ -40,7 +41,7 @@ class Evaluation:
 
   Attributes:
     task: which; the object that training was given.
-    batch_size: rows of a batch.
+    batch_size: rows that are computed at once, at most.
     split: the split of each task; a mixture's tasks without it are left out.
     num_examples: size of a sample of each task, the same at every evaluation;
       None for all examples, in the order of the data.
@@ -50,7 +51,8 @@ class Evaluation:
       `training.ensemble`), whose own metrics are told as `members/<k>/...`.
     calibrate: labels are ranked by their likelihood beside what it is for an
       input that says nothing (see `training.calibration`).
-    seed: of that sample, and of decoding that samples.
+    seed: of that sample, and of decoding that samples: what is drawn for an
+      example depends on its place among the examples by length.
   """
 
   task: task_lib.Task
@@ -148,6 +150,7 @@ class Evaluator:
         f' split {evaluation.split!r}'
       )
     self._name = provider.name
+    self._shapes: slices.Shapes | None = None
     self._tasks = {
       task.name: TaskExamples(
         task,
@@ -158,9 +161,9 @@ class Evaluator:
       for task in self._seqio.eval_tasks
     }
 
-    # All take (variables, batch, number of the batch, ...).
+    # All take (variables, slice, number of the slice, ...).
     def key(number):
-      """A batch's own random key, for decoding that samples."""
+      """A slice's own random key, for decoding that samples."""
       return jax.random.fold_in(jax.random.key(evaluation.seed), number)
 
     jit = functools.partial(
@@ -306,44 +309,62 @@ class Evaluator:
         return self._tasks[name]
     raise AssertionError('seqio evaluates a data set that it did not cache')
 
-  def _run(self, function, variables, task, *arguments) -> Any:
-    """`function` on all of a task's batches, the rows of its results joined.
+  def _run(self, function, variables, features, *arguments) -> Any:
+    """`function` on all rows: results [N, ...], of an ensemble [K, N, ...].
 
-    Every batch is split as a training batch is. Each process has all examples
+    Every slice is split as a training batch is. Each process has all examples
     and puts its rows on its devices; the results come back to all.
     """
-    rows = self._layout.padded(self._evaluation.batch_size)
-    members = 1
-    if self._evaluation.ensemble:
-      members = self._virtual_tokens.num_prompts
-      rows = self._layout.padded(-(-rows // members))
-    results = []
-    for number, batch in enumerate(task.batches(rows)):
+    if self._shapes is None:
+      self._shapes = self._chosen_shapes()
+
+    def call(batch, number):
       if self._evaluation.ensemble:
         batch = ensemble.for_each_member(batch, self._virtual_tokens)
       placed = self._layout.shard_batch(batch)
-      results.append(function(variables, placed, np.int32(number), *arguments))
+      return function(variables, placed, np.int32(number), *arguments)
 
-    def joined(*parts):  # [K, N, ...], or [N, ...]
-      by_member = [p.reshape(members, rows, *p.shape[1:]) for p in parts]
-      whole = np.concatenate(by_member, axis=1)[:, : task.size]
-      return whole if self._evaluation.ensemble else whole[0]
+    found = slices.run(self._shapes, features, call, members=self._members)
+    if self._evaluation.ensemble:
+      return found
+    return jax.tree.map(lambda whole: whole[0], found)
 
-    return jax.tree.map(joined, *jax.device_get(results))
+  @property
+  def _members(self) -> int:
+    """Rows that an example takes."""
+    return self._virtual_tokens.num_prompts if self._evaluation.ensemble else 1
+
+  def _chosen_shapes(self) -> slices.Shapes:
+    """Those of all tasks' slices, with the rows of a batch at most."""
+    inputs = [t.features['encoder_input_tokens'] for t in self._tasks.values()]
+    rows = -(-self._evaluation.batch_size // self._members)
+    rows = slices.evened(rows, max(map(len, inputs)))
+    rows = self._layout.padded(rows)
+    longest = max(ids.shape[1] for ids in inputs)
+    return slices.choose(
+      [slices.row_lengths(ids) for ids in inputs],
+      longest,
+      rows=rows,
+      # A CPU is no faster with more rows, so that fewer may save padding.
+      tokens=rows * longest if self._layout.on_cpu else None,
+      multiple=self._layout.batch_shards,
+    )
 
   def _answers(
     self, variables, task
   ) -> tuple[Int[np.ndarray, 'N L'], Int[np.ndarray, 'K N L'] | None]:
     """Answers as ids of the vocabulary, and those of an ensemble's members."""
     if self._evaluation.rank_classification:
-      likelihoods = self._run(self._rank, variables, task, task.label_tokens)
+      name = 'encoder_input_tokens'
+      asked = {name: task.features[name]}, task.label_tokens
+      likelihoods = self._run(self._rank, variables, *asked)
       if self._evaluation.calibrate:
         likelihoods = calibration.calibrated(
           likelihoods, self._of_nothing(variables, task)
         )
       ids = task.label_tokens[np.argmax(likelihoods, axis=-1)]
     else:
-      ids = self._run(self._predict, variables, task)
+      ids = self._run(self._predict, variables, task.features)
     ids = task.within_vocabulary(ids)
     return (
       (ensemble.vote(ids), ids) if self._evaluation.ensemble else (ids, None)
@@ -359,11 +380,8 @@ class Evaluator:
       asked.feature_lengths['inputs'],
       self._virtual_tokens,
     )
-    size = max(self._evaluation.batch_size, len(rows))
-    batch = next(task.batches(self._layout.padded(size)))
-    placed = self._layout.shard_batch(calibration.batch_of(rows, batch))
-    found = self._rank(variables, placed, np.int32(0), task.label_tokens)
-    return jax.device_get(found)[: len(rows)]
+    features = {'encoder_input_tokens': rows}
+    return self._run(self._rank, variables, features, task.label_tokens)
 
   def _predictions_and_aux(self, variables, dataset):
     task = self._task_of(dataset)
@@ -375,14 +393,15 @@ class Evaluator:
       )
     if self._evaluation.ensemble:
       _refused(dataset)
-    ids, aux = self._run(self._predict_with_aux, variables, task)
+    ids, aux = self._run(self._predict_with_aux, variables, task.features)
     rows = list(enumerate(task.within_vocabulary(ids)))
     return rows, {name: list(values) for name, values in aux.items()}
 
   def _scores(self, variables, dataset) -> list[tuple[int, float]]:
     if self._evaluation.ensemble:
       _refused(dataset)
-    scores = self._run(self._score, variables, self._task_of(dataset))
+    task = self._task_of(dataset)
+    scores = self._run(self._score, variables, task.features)
     return list(enumerate(scores.tolist()))
 
   def _write_inference(self, task, output, step) -> None:

@@ -30,6 +30,8 @@ MAY_CHANGE = frozenset(
     'progress',
     'partitioner',
     'remat_policy',
+    'microbatches',
+    'row_lengths',
     'model_dir',
     # Digests of these are compared in their place.
     'vocabulary',

@@ -82,7 +82,8 @@ def train(
   train_steps_relative: int | None = None,
   train_steps: int | None = None,
   seed: int = 0,
-  microbatches: int = 1,
+  microbatches: int | None = None,
+  row_lengths: Sequence[int] | None = None,
   frozen_dtype: str | None = None,
   partitioner: Partitioner | None = None,
   evaluation: Evaluation | None = None,
@@ -121,7 +122,14 @@ def train(
     train_steps: the step to end at, base steps included (T5X's TRAIN_STEPS).
       Exactly one of both is given.
     seed: of initialisation, data order and dropout.
-    microbatches: parts of a batch whose gradients are added up.
+    microbatches: parts of a batch whose gradients are added up; None: as many
+      as it takes, of about a thousand tokens on a CPU, and elsewhere as few as
+      fit the memory. But for rounding (and what dropout draws) they change
+      nothing.
+    row_lengths: what encoder rows are padded to, virtual tokens included: each
+      to the least of these that holds it, or to the full length. None: a few
+      that fit the data (see `slices`), (): the full length alone. They change
+      as little.
     frozen_dtype: storage of frozen parameters; None: bfloat16 on accelerators,
       float32 on CPU. What is trained is float32.
     partitioner: how the devices of the job share the work; None: see
@@ -159,7 +167,9 @@ def train(
     'log_period': log_period,
   }
   checks.positive(
-    **periods, microbatches=microbatches, validation_batches=validation_batches
+    **periods,
+    microbatches=1 if microbatches is None else microbatches,
+    validation_batches=validation_batches,
   )
   checks.seed_in_range(seed)
   if model is None:
@@ -172,7 +182,7 @@ def train(
   last_step = checks.last_step(first_step, train_steps_relative, train_steps)
   model_dir = setup.made(model_dir)
   model = dataclasses.replace(model, methods=tuple(methods))
-  layout, reason = setup.layout(
+  layout, reason, parts = setup.layout(
     model, data, partitioner, frozen_dtype, microbatches
   )
   silent = not hosts.is_primary()
@@ -207,14 +217,21 @@ def train(
       selection=selection,
       optimizer=optimizer,
       learning_rate=learning_rate,
-      microbatches=microbatches,
+      microbatches=parts,
       frozen_dtype=frozen_dtype,
       evaluation=evaluation,
       validation_data=validation_data,
       validation_batches=validation_batches,
     )
-    prefetch = setup.prefetched(
-      data, model, virtual_tokens, start.record, layout
+    prefetch, shapes = setup.prefetched(
+      data,
+      model,
+      virtual_tokens,
+      start.record,
+      layout,
+      microbatches,
+      parts,
+      row_lengths,
     )
     stack.callback(prefetch.close)
     writer = reporting.MetricsWriter(
@@ -236,7 +253,8 @@ def train(
       patience=selection.patience,
       **periods,
     )
-    run.announce(layout, reason, start, lock.remark)
+    padding = setup.padding(shapes, parts)
+    run.announce(layout, (reason, padding, lock.remark), start)
     if resolved_config is not None and hosts.is_primary():
       with files.replacing(model_dir / 'config.gin') as file:
         file.write(resolved_config())
@@ -280,7 +298,7 @@ class _Run:
     return self.ended or (self.step - self.first_step) % period == 0
 
   def announce(
-    self, layout, reason: str, start: setup.Start, remark: str
+    self, layout, remarks: Sequence[str], start: setup.Start
   ) -> None:
     frozen = reporting.count_parameters(self.frozen)
     done = self.step - self.first_step
@@ -293,8 +311,7 @@ class _Run:
       f' {jax.process_count()} process(es)'
       + ('' if start.resumed is None else f'; resumed after {done} steps')
     )
-    self.show.say(reason)
-    if remark:
+    for remark in filter(None, remarks):
       self.show.say(remark)
     if not self.ended:
       self.show.say('compiling the step')
@@ -307,7 +324,9 @@ class _Run:
       batch, waited = batches.next()
       clock.add(batch, waited)
       with jax.transfer_guard('disallow'):
-        self.state, metrics = self.step_fn(self.state, self.frozen, batch)
+        self.state, metrics = self.step_fn(
+          self.state, self.frozen, batch.content
+        )
       self.step += 1
       self.record.position += 1
       if pending is not None:

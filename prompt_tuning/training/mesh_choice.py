@@ -21,6 +21,9 @@ from prompt_tuning.training import hosts
 from prompt_tuning.training import partitioning
 
 GIB = 2**30
+# Tokens of a microbatch on a CPU: T5 1.1 small on two cores of a Xeon is slower
+# with few, and no faster with more.
+CPU_TOKENS = 2048
 # Of a device's memory: the rest is for the runtime, for what the allocator
 # cannot fill, and for what the formulas leave out.
 _USABLE = 0.92
@@ -73,7 +76,7 @@ def device_memory(device: Any) -> int | None:
   return None if chip is None else int(chip.memory)
 
 
-def _memory_of_job() -> int | None:
+def memory_of_job() -> int | None:
   """`device_memory` of this job's devices, the same in all its processes.
 
   A device tells its memory to its own process alone.
@@ -95,7 +98,7 @@ class Workload:
     targets_length: L.
     trains: there is a way back, whoever gets the gradients.
     trains_base: T5's own parameters get some.
-    microbatches: parts of a batch.
+    microbatches: parts of a batch; None: as many as it takes (see `parts`).
     param_dtype: how T5's parameters are stored.
     num_decodes: sequences that a decoding step follows for each example.
   """
@@ -106,7 +109,7 @@ class Workload:
   targets_length: int
   trains: bool = True
   trains_base: bool = False
-  microbatches: int = 1
+  microbatches: int | None = 1
   param_dtype: str = 'float32'
   num_decodes: int = 1
 
@@ -119,7 +122,7 @@ class Workload:
     *,
     param_dtype: str,
     trains: bool = True,
-    **sizes: int,
+    **sizes: int | None,
   ) -> 'Workload':
     """A step of a T5 with methods, which bring virtual tokens along.
 
@@ -144,6 +147,31 @@ class Workload:
       param_dtype='float32' if trains_base else param_dtype,
       **sizes,
     )
+
+  def parts(self, layout: partitioning.Layout, limit: int | None) -> int:
+    """Microbatches: the given ones, or the fewest that do.
+
+    On a CPU a part has `CPU_TOKENS` at most, since activations that stay in its
+    caches are faster; elsewhere it is as large as the memory allows.
+
+    Args:
+      layout: of the step.
+      limit: bytes that a device has; None: nobody knows.
+    """
+    if self.microbatches is not None:
+      return self.microbatches
+    rows = self.batch_size // layout.batch_shards
+    for parts in range(1, rows + 1):
+      if rows % parts:
+        continue
+      if layout.on_cpu:
+        fits = rows // parts * self.inputs_length <= CPU_TOKENS
+      else:
+        one = dataclasses.replace(self, microbatches=parts)
+        fits = limit is None or one.memory(layout) <= _USABLE * limit
+      if fits:
+        return parts
+    return max(rows, 1)
 
   def memory(self, layout: partitioning.Layout) -> int:
     """Bytes that a step takes on one device, about."""
@@ -296,13 +324,13 @@ class Partitioner:
     """
     of_job = devices is None
     if of_job:
-      devices, limit = jax.devices(), _memory_of_job()
+      devices, limit = jax.devices(), memory_of_job()
     else:
       limit = device_memory(devices[0])
     choices, faults = [], []
     for sizes in self._candidates(len(devices)):
       try:
-        choices.append(self._choice(sizes, workload, devices))
+        choices.append(self._choice(sizes, workload, devices, limit))
       except UserError as error:
         faults.append(error)
     if not choices:
@@ -355,11 +383,13 @@ class Partitioner:
         if not rest and all(a in (None, s) for a, s in zip(asked, sizes)):
           yield sizes
 
-  def _choice(self, sizes, workload, devices) -> _Choice:
+  def _choice(self, sizes, workload, devices, limit) -> _Choice:
     """What a mesh of these sizes would take, where it does."""
     mesh = partitioning.make_mesh(*sizes, devices, self.model_parallel_submesh)
     layout = partitioning.Layout(mesh, self.logical_axis_rules)
-    parts = layout.batch_shards * workload.microbatches
+    microbatches = workload.parts(layout, limit)
+    workload = dataclasses.replace(workload, microbatches=microbatches)
+    parts = layout.batch_shards * microbatches
     # What is left of a last batch in inference is filled up.
     if workload.trains and workload.batch_size % parts:
       raise UserError(

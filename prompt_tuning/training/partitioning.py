@@ -185,6 +185,11 @@ class Layout:
     """Parts that a batch is split into."""
     return self._size(self.batch.spec[0])
 
+  @property
+  def on_cpu(self) -> bool:
+    """Of CPU devices."""
+    return self.mesh.devices.flat[0].platform == 'cpu'
+
   def padded(self, batch_size: int) -> int:
     """The next number of rows that can be split."""
     return -(-batch_size // self.batch_shards) * self.batch_shards

@@ -19,6 +19,7 @@ import prompt_tuning
 from prompt_tuning import files
 from prompt_tuning.errors import UserError
 from prompt_tuning.models import quantization
+from prompt_tuning.training.batches import Placed
 
 logger = logging.getLogger(__name__)
 
@@ -166,13 +167,11 @@ class Clock:
   def __init__(self):
     self.take()
 
-  def add(self, batch, waited: float):
+  def add(self, batch: Placed, waited: float):
     self._steps += 1
-    self._examples += batch['encoder_input_tokens'].shape[0]
-    self._tokens += sum(
-      batch[name].size
-      for name in ('encoder_input_tokens', 'decoder_target_tokens')
-    )
+    self._examples += batch.examples
+    self._tokens += batch.tokens
+    self._filled += batch.filled
     self._waited += waited
 
   def take(self) -> dict[str, float]:
@@ -185,10 +184,11 @@ class Clock:
         'examples_per_second': self._examples / passed,
         'tokens_per_second': self._tokens / passed,
         'seconds_per_step': passed / max(self._steps, 1),
+        'padding_share': 1 - self._filled / max(self._tokens, 1),
         'input_wait_share': self._waited / passed,
       }
     self._start, self._waited = now, 0.0
-    self._steps = self._examples = self._tokens = 0
+    self._steps = self._examples = self._tokens = self._filled = 0
     return rates
 
 

@@ -29,6 +29,8 @@ class RunRecord:
     facts: what serving needs to know of the task.
     data_shards: parts that the data are read in.
     position: batches consumed.
+    lengths: of a sample of the rows, by which their padding was chosen (see
+      `setup.sliced`); None: there was no choice.
     best: the best evaluation.
   """
 
@@ -43,6 +45,7 @@ class RunRecord:
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)
   data_shards: int = 1
   position: int = 0
+  lengths: dict[str, Any] | None = None
   best: Best = dataclasses.field(default_factory=Best)
 
   def resumed(
@@ -75,6 +78,7 @@ class RunRecord:
       self,
       data_shards=saved['data_shards'],
       position=saved['position'],
+      lengths=saved.get('lengths'),
       best=Best(**saved['best']),
     )
 

@@ -1,6 +1,8 @@
 """One step of training, as a pure function."""
 
 from collections.abc import Mapping
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,68 @@ from prompt_tuning.models import parameters
 from prompt_tuning.models.model import Batch
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training.train_state import TrainState
+
+# Sums for metrics, and gradients of the trained collections.
+Gradients = tuple[dict[str, Float[Array, '']], dict[str, dict]]
+
+
+def gradients(
+  model: EncoderDecoderModel,
+  trainable: Mapping[str, dict],
+  frozen: Mapping[str, dict],
+  part: Batch,
+  weights: Float[Array, 'B L'],
+  rng: jax.Array,
+) -> Gradients:
+  """What a part of a batch adds to a step.
+
+  Args:
+    model: its loss is minimised.
+    trainable: the collections that gradients are taken of.
+    frozen: the others.
+    part: some rows of the batch.
+    weights: `model.token_weights` of the whole batch, for these rows.
+    rng: key of the part's dropout.
+  """
+  if model.config.dropout_rate == 0:
+    rng = None
+
+  def loss_fn(trainable):
+    return model.loss_fn({**frozen, **trainable}, part, rng, weights)
+
+  grads, sums = jax.grad(loss_fn, has_aux=True)(dict(trainable))
+  return sums, grads
+
+
+def update(
+  model: EncoderDecoderModel,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  frozen: Mapping[str, dict],
+  total: Gradients,
+) -> tuple[TrainState, dict[str, Float[Array, '']]]:
+  """The optimiser's update for what all parts of a batch added up to.
+
+  Returns:
+    The new state, and the sums with norms and what methods add to the loss
+    ('penalty').
+  """
+  sums, grads = total
+  penalty, penalty_grads = jax.value_and_grad(
+    lambda trainable: _penalty(model, {**frozen, **trainable})
+  )(state.trainable)
+  grads = jax.tree.map(jnp.add, grads, penalty_grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+  trainable = optax.apply_updates(state.trainable, updates)
+  trainable = _refreshed(model, frozen, trainable)
+  metrics = {
+    **sums,
+    'penalty': penalty,
+    'gradient_norm': optax.tree.norm(grads),
+    'update_norm': optax.tree.norm(updates),
+    'trained_norm': optax.tree.norm(_trained(model, trainable)),
+  }
+  return TrainState(state.step + 1, trainable, opt_state), metrics
 
 
 def train_step(
@@ -37,23 +101,12 @@ def train_step(
       without dropout the number of parts changes nothing but rounding.
 
   Returns:
-    The new state, and the sums of `model.loss_fn` with norms and what methods
-    add to the loss ('penalty').
+    See `update`.
   """
   rng = jax.random.fold_in(rng, state.step)
-  use_dropout = model.config.dropout_rate > 0
-
-  def loss_fn(trainable, part, weights, rng):
-    variables = {**frozen, **trainable}
-    rng = rng if use_dropout else None
-    loss, sums = model.loss_fn(variables, part, rng, weights)
-    penalty = _penalty(model, variables) / microbatches  # once a step
-    return loss + penalty, {**sums, 'penalty': penalty}
-
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   whole = (batch, model.token_weights(batch))
   if microbatches == 1:
-    (_, sums), grads = grad_fn(state.trainable, *whole, rng)
+    total = gradients(model, state.trainable, frozen, *whole, rng)
   else:
     # Part i has every m-th row from i on: each device splits rows of its own.
     parts = jax.tree.map(
@@ -61,27 +114,21 @@ def train_step(
     )
 
     def add_part(total, part):
-      (_, sums), grads = grad_fn(state.trainable, *part)
-      return jax.tree.map(jnp.add, total, (sums, grads)), None
+      found = gradients(model, state.trainable, frozen, *part)
+      return jax.tree.map(jnp.add, total, found), None
 
     parts = (*parts, jax.random.split(rng, microbatches))
     first = jax.tree.map(lambda x: x[0], parts)
-    (_, shapes), grad_shapes = jax.eval_shape(grad_fn, state.trainable, *first)
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), (shapes, grad_shapes)
+    shapes = jax.eval_shape(
+      functools.partial(gradients, model), state.trainable, frozen, *first
     )
-    (sums, grads), _ = jax.lax.scan(add_part, zeros, parts)
+    total, _ = jax.lax.scan(add_part, zeros(shapes), parts)
+  return update(model, optimizer, state, frozen, total)
 
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-  trainable = optax.apply_updates(state.trainable, updates)
-  trainable = _refreshed(model, frozen, trainable)
-  metrics = {
-    **sums,
-    'gradient_norm': optax.tree.norm(grads),
-    'update_norm': optax.tree.norm(updates),
-    'trained_norm': optax.tree.norm(_trained(model, trainable)),
-  }
-  return TrainState(state.step + 1, trainable, opt_state), metrics
+
+def zeros(shapes: Any) -> Any:
+  """Arrays of these shapes, to add to."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _penalty(

@@ -1,15 +1,18 @@
 """The loss on batches that are held out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import itertools
 from typing import Any
 
 import jax
+import numpy as np
 
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.errors import UserError
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import partitioning
 from prompt_tuning.training import reporting
+from prompt_tuning.training import slices
 from prompt_tuning.training.batches import TrainData
 
 
@@ -36,10 +39,14 @@ class Validation:
       rows=layout.rows(data.batch_size),
       num_shards=data.num_shards or 1,
     )
-    self._batches = [
-      layout.shard_batch(next(batches), data.batch_size)
-      for _ in range(num_batches)
-    ]
+    batches = itertools.islice(batches, num_batches)
+    if jax.process_count() == 1:
+      batches = _sliced(list(batches), layout, data.batch_size)
+      self._batches = [layout.shard_batch(batch) for batch in batches]
+    else:  # each has rows of its own
+      self._batches = [
+        layout.shard_batch(batch, data.batch_size) for batch in batches
+      ]
     self._sums = layout.jit(
       lambda variables, batch: model.loss_fn(variables, batch)[1],
       out_shardings=layout.replicated,
@@ -53,11 +60,37 @@ class Validation:
     self, variables: Mapping[str, Any], step: int
   ) -> dict[str, float]:
     del step
-    sums = [
-      jax.device_get(self._sums(variables, batch)) for batch in self._batches
-    ]
+    sums = jax.device_get(
+      [self._sums(variables, batch) for batch in self._batches]
+    )
     total = reporting.per_token(jax.tree.map(lambda *x: sum(x), *sums))
     return {
       'validation/loss': total['loss_per_token'],
       'validation/accuracy': total['accuracy'],
     }
+
+
+def _sliced(
+  batches: Sequence[Mapping[str, np.ndarray]],
+  layout: partitioning.Layout,
+  batch_size: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """All rows of all batches in slices; rows that fill one weigh nothing."""
+  rows = {
+    name: np.concatenate([batch[name] for batch in batches])
+    for name in batches[0]
+  }
+  inputs = slices.row_lengths(rows['encoder_input_tokens'])
+  targets = slices.row_lengths(rows['decoder_target_tokens'])
+  shapes = slices.choose(
+    [inputs],
+    rows['encoder_input_tokens'].shape[1],
+    rows=layout.padded(batch_size),
+    targets=(int(targets.max()),),
+  )
+  for one in shapes.slices(inputs, targets):
+    batch = one.of(rows)
+    ones = np.ones_like(batch['decoder_target_tokens'])
+    batch.setdefault('decoder_loss_weights', ones)
+    batch['decoder_loss_weights'][one.filled :] = 0
+    yield batch

@@ -118,6 +118,25 @@ def test_what_cannot_be_is_named(devices, partitioner, changes, message):
     choose(workload(BASE, **changes), devices(None), **partitioner)
 
 
+def test_microbatches_are_the_fewest_that_do(devices, monkeypatch):
+  layout = partitioning.single_device()
+  asked = workload(BASE, microbatches=None)
+  # 32 rows of 612: a CPU takes three, or two that divide them, at once.
+  assert asked.parts(layout, None) == 16
+  assert dataclasses.replace(asked, inputs_length=16).parts(layout, None) == 1
+  assert (
+    dataclasses.replace(asked, inputs_length=5000).parts(layout, None) == 32
+  )
+  assert workload(BASE, microbatches=5).parts(layout, None) == 5
+  monkeypatch.setattr(partitioning.Layout, 'on_cpu', False)
+  whole = workload(BASE).memory(layout)
+  half = workload(BASE, microbatches=2).memory(layout)
+  assert half < whole
+  assert asked.parts(layout, None) == asked.parts(layout, 2 * whole) == 1
+  assert asked.parts(layout, int(1.1 * half)) == 2
+  assert asked.parts(layout, 0) == 32
+
+
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
