@@ -27,10 +27,10 @@ MULTIPLE = 8
 # So many are chosen at most, the full length not counted, and a further one
 # has to save this share of what is computed: it is one more shape to compile.
 MOST = 6
-WORTH = 0.02
+WORTH = 0.01
 # A slice costs, beside its rows, about what so many tokens cost (the weights
 # are read again; T5 1.1 small on two cores of a Xeon: 80 to 150).
-OVERHEAD = 96
+OVERHEAD = 112
 # Batches of so few tokens are computed as they are.
 SMALL = 256
 
