@@ -27,10 +27,11 @@ MULTIPLE = 8
 # So many are chosen at most, the full length not counted, and a further one
 # has to save this share of what is computed: it is one more shape to compile.
 MOST = 6
-WORTH = 0.02
-# A slice costs, beside its rows, about what so many tokens cost (the weights
-# are read again; T5 1.1 small on two cores of a Xeon: 80 to 150).
-OVERHEAD = 96
+WORTH = 0.01
+# A slice costs, beside its rows, about what so many tokens cost: weights are
+# read again, memory is asked for (T5 1.1 small on two cores of a Xeon: 57 more
+# in a loop over slices, 115 more in calls of their own).
+OVERHEAD = 64
 # Batches of so few tokens are computed as they are.
 SMALL = 256
 
@@ -293,17 +294,28 @@ def choose(
     return shapes if tokens is None else _with_best_rows(shapes)
 
   def _with_best_rows(shapes: Shapes) -> Shapes:
-    """Of fewer rows, where slices that are not full would cost more."""
-    best, least = shapes, _cost(shapes, batches)
-    for number, most in enumerate(shapes.rows):
-      quarter = max(most // 4 // multiple, 1) * multiple
-      for fewer in range(quarter, most, multiple):
-        tried = list(best.rows)
-        tried[number] = fewer
-        tried = dataclasses.replace(best, rows=tuple(tried))
-        if (cost := _cost(tried, batches)) < least:
-          best, least = tried, cost
-    return best
+    """Of fewer rows, where slices that are not full would cost more.
+
+    One length after the other takes its best number of rows, until none has a
+    better one; from few rows and from many.
+    """
+    found = []
+    for share in (1, 2, 4):
+      start = [max(r // share // multiple, 1) * multiple for r in shapes.rows]
+      best = dataclasses.replace(shapes, rows=tuple(start))
+      least, before = _cost(best, batches), None
+      while least != before:
+        before = least
+        for number, most in enumerate(shapes.rows):
+          quarter = max(most // 4 // multiple, 1) * multiple
+          for other in range(quarter, most + 1, multiple):
+            tried = list(best.rows)
+            tried[number] = other
+            tried = dataclasses.replace(best, rows=tuple(tried))
+            if (cost := _cost(tried, batches)) < least:
+              best, least = tried, cost
+      found.append((least, best))
+    return min(found, key=lambda pair: pair[0])[1]
 
   if lengths is not None:
     if any(not 0 < length <= longest for length in lengths):
