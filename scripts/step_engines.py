@@ -10,6 +10,7 @@ import functools
 import resource
 import sys
 import time
+import types
 from typing import Any
 
 WORKS = ('train', 'score', 'generate')
@@ -193,10 +194,8 @@ def greedy(work: Work, methods: tuple[Any, ...] = ()) -> Any:
 
 def ours(work: Work, *, trains_model: bool = False) -> Step:
   """This package; training as `train` does it where no setting is typed."""
-  import jax
   import jax.numpy as jnp
   import numpy as np
-  import optax
 
   from prompt_tuning.methods.model_tuning import ModelTuning
   from prompt_tuning.methods.prompt import Prompt
@@ -209,39 +208,97 @@ def ours(work: Work, *, trains_model: bool = False) -> Step:
   shape = (1, work.prompt, model.config.emb_dim)
   table = jnp.asarray(rng.uniform(-0.5, 0.5, shape), jnp.float32)
   variables = {'params': params, 'prompt': {'table': table}}
-  if work.kind == 'score':
-    program, made = compiled(model.score_batch, variables, batch)
-    made.run = lambda: jax.block_until_ready(program(variables, batch))
-    return made
-  if work.kind == 'generate':
-    program, made = compiled(model.predict_batch, variables, batch)
-    made.run = lambda: jax.block_until_ready(program(variables, batch))
-    return made
-  from prompt_tuning.training.train_state import TrainState
-  from prompt_tuning.training.train_step import train_step
+  if work.kind == 'train':
+    return _training(work, model, variables, batch)
+  name = {'score': 'score_batch', 'generate': 'predict_batch'}[work.kind]
+  return _inference(work, getattr(model, name), variables, batch)
 
-  trained = {name: variables.pop(name) for name in _trained(trains_model)}
+
+def _training(work: Work, model: Any, variables: Any, batch: Any) -> Step:
+  """As `train` takes its steps: shapes, microbatches and all."""
+  import itertools
+
+  import jax
+  import optax
+
+  from prompt_tuning.training import batches
+  from prompt_tuning.training import mesh_choice
+  from prompt_tuning.training import partitioning
+  from prompt_tuning.training import setup
+  from prompt_tuning.training.train_state import TrainState
+
+  layout = partitioning.single_device()
+  names = [method.collection for method in model.methods]
+  frozen = {k: v for k, v in variables.items() if k not in names}
   tx = optax.adafactor(1e-3)
-  state = TrainState.create(trained, tx)
-  step = functools.partial(
-    *(train_step, model, tx), microbatches=work.microbatches or 1
+  state = TrainState.create({k: variables[k] for k in names}, tx)
+  shardings = jax.tree.map(lambda x: layout.replicated, state)
+  sizes = {'inputs': work.inputs, 'targets': work.targets}
+  workload = mesh_choice.Workload.of(
+    model.config,
+    model.methods,
+    sizes,
+    param_dtype=work.dtype,
+    batch_size=work.batch,
+    microbatches=work.microbatches,
   )
-  key = jax.random.key(0)
-  program, made = compiled(step, state, variables, batch, key, donate=0)
+  parts = workload.parts(layout, mesh_choice.memory_of_job())
+  record = types.SimpleNamespace(lengths=None)
+  how = (layout, work.batch, work.microbatches, parts, None)
+  _, shapes = setup.sliced(itertools.repeat(batch), record, *how)
+  placed = batches.placed(
+    batch,
+    layout,
+    work.batch,
+    model.config.vocab_size + work.prompt,
+    shapes,
+    model.token_weights,
+  ).content
+  step = (model, tx, 1e-3, jax.random.key(0), layout)
+  if shapes is None:
+    step = setup.step_function(*step, parts, shardings)
+  else:
+    step = setup.SlicedStep(*step, shardings)
+  made = Step(lambda: None)
+  if shapes is None:
+    compiling = step.lower(state, frozen, placed)
+    start = time.time()
+    step = compiling.compile()
+    made.compile_s = time.time() - start
+    made.temporaries_mb = step.memory_analysis().temp_size_in_bytes / 1e6
 
   def run():
     nonlocal state
-    state, metrics = jax.block_until_ready(
-      program(state, variables, batch, key)
-    )
+    state, metrics = jax.block_until_ready(step(state, frozen, placed))
     return metrics
 
+  start = time.time()
   made.run, made.loss = run, float(run()['loss'])
+  if made.compile_s is None:
+    made.compile_s = time.time() - start
   return made
 
 
-def _trained(trains_model: bool) -> tuple[str, ...]:
-  return ('prompt', 'params') if trains_model else ('prompt',)
+def _inference(work: Work, function: Any, variables: Any, batch: Any) -> Step:
+  """As an evaluation takes a batch, in slices of its own shapes."""
+  import jax
+
+  from prompt_tuning.training import slices
+
+  ids = batch['encoder_input_tokens']
+  longest = ids.shape[1]
+  tokens = work.batch * longest if jax.default_backend() == 'cpu' else None
+  shapes = slices.choose(
+    [slices.row_lengths(ids)], longest, rows=work.batch, tokens=tokens
+  )
+  program = jax.jit(function)
+
+  def run():
+    return slices.run(shapes, batch, lambda part, _: program(variables, part))
+
+  start = time.time()
+  run()
+  return Step(run, compile_s=time.time() - start)
 
 
 def minimal(work: Work) -> Step:

@@ -73,7 +73,9 @@ def matmul(
   x = x.astype(dtype)
   if not isinstance(kernel, Quantized):
     return x @ kernel.astype(dtype)
-  y = x @ kernel.values.astype(dtype)
+  # Without the barrier libtpu 0.0.42 joins products into each other until its
+  # stack overflows, at a batch of one row.
+  y = jax.lax.optimization_barrier(x @ kernel.values.astype(dtype))
   scale = kernel.scale.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   return y * scale
 

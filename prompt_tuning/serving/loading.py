@@ -62,7 +62,7 @@ def load(
     base: T5's parameters; those that `trained` has count in place of them.
     trained: of methods; none for the base alone.
     dtype: of T5's parameters, as in training: None is bfloat16 on accelerators,
-      float32 on CPU. Other methods' arrays stay float32.
+      float32 on CPU; 'int8' rounds kernels. Other methods' arrays stay float32.
     check_fingerprint: refuse what was trained on another base or vocabulary.
     layout: where they are put; None: this process's first device.
     vocabulary: that texts will be read with; None: nobody says.

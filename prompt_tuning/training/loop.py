@@ -131,7 +131,8 @@ def train(
       that fit the data (see `slices`), (): the full length alone. They change
       as little.
     frozen_dtype: storage of frozen parameters; None: bfloat16 on accelerators,
-      float32 on CPU. What is trained is float32.
+      float32 on CPU. 'int8' rounds kernels (see `models.quantization`). What
+      is trained is float32.
     partitioner: how the devices of the job share the work; None: see
       `Partitioner`, which then chooses all by itself.
     evaluation: decodes and scores a task every `eval_period` steps.
@@ -254,7 +255,8 @@ def train(
       **periods,
     )
     padding = setup.padding(shapes, parts)
-    run.announce(layout, (reason, padding, lock.remark), start)
+    made = f'attention: {model.config.attention}'
+    run.announce(layout, (reason, made, padding, lock.remark), start)
     if resolved_config is not None and hosts.is_primary():
       with files.replacing(model_dir / 'config.gin') as file:
         file.write(resolved_config())
