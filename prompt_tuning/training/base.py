@@ -46,7 +46,8 @@ def storage_dtype(
   if dtype is not None:
     if dtype not in known:
       raise UserError(
-        f'weights are stored as {" or ".join(known)}, got {dtype!r}'
+        f'weights are stored as {", ".join(known[:-1])} or {known[-1]}, got'
+        f' {dtype!r}'
       )
     return dtype
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'

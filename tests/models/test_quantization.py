@@ -124,5 +124,5 @@ def test_split_kernels_have_their_scales_with_them():
 def test_files_have_no_kernels_of_8_bits():
   with pytest.raises(UserError, match="float32 or bfloat16, got 'int8'"):
     base_lib.storage_dtype('int8')
-  with pytest.raises(UserError, match="or int8, got 'int4'"):
+  with pytest.raises(UserError, match="bfloat16 or int8, got 'int4'"):
     base_of(CONFIG).load(CONFIG, dtype='int4')

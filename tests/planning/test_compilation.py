@@ -94,8 +94,11 @@ def test_flops_of_scoring_are_those_worked_out_by_hand(reports):
     return 3 * 2 * rows * tokens * embed * mlp
 
   encoder = attention(inputs, inputs) + feed_forward(inputs)
-  decoder = attention(targets, targets) + attention(targets, inputs)
-  decoder += feed_forward(targets)
+  # Four queries of 8 numbers a head: keys and values are projected from the
+  # queries' side, and each of the 4 heads looks at the whole width.
+  crossed = 2 * rows * embed * heads * 4 * targets
+  crossed += 2 * 2 * rows * 4 * targets * inputs * embed
+  decoder = attention(targets, targets) + crossed + feed_forward(targets)
   logits = 2 * rows * targets * embed * 256
   assert reports['score'].flops == table + encoder + decoder + logits
   # Back through the same products, to inputs alone: the weights are frozen.

@@ -393,7 +393,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
     ({'best_mode': 'most'}, "'max' or 'min'"),
     ({'early_stopping_patience': 3}, 'needs a best_metric'),
     ({'log_period': 0}, 'log_period must be 1 or more, got 0'),
-    ({'frozen_dtype': 'bf16'}, "float32 or bfloat16, got 'bf16'"),
+    ({'frozen_dtype': 'bf16'}, "float32, bfloat16 or int8, got 'bf16'"),
     (
       {
         'best_metric': 'x/y',
