@@ -233,6 +233,9 @@ def _training(work: Work, model: Any, variables: Any, batch: Any) -> Step:
   tx = optax.adafactor(1e-3)
   state = TrainState.create({k: variables[k] for k in names}, tx)
   shardings = jax.tree.map(lambda x: layout.replicated, state)
+  # Where the first step leaves it: another place would be another program.
+  state = jax.device_put(state, shardings)
+  frozen = jax.device_put(frozen, layout.replicated)
   sizes = {'inputs': work.inputs, 'targets': work.targets}
   workload = mesh_choice.Workload.of(
     model.config,

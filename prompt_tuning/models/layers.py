@@ -77,7 +77,10 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*B I']) -> Float[Array, '*B O']:
     kernel = self.param('kernel', self.init, (x.shape[-1], self.features))
-    return quantization.matmul(x, kernel, self.dtype)
+    x = x.astype(self.dtype)
+    if isinstance(kernel, quantization.Quantized):
+      return quantization.matmul(x, kernel)
+    return x @ kernel.astype(self.dtype)
 
 
 class MLP(nn.Module):

@@ -66,17 +66,13 @@ def quantize(kernel: Float[Array, 'I *layers O']) -> Quantized:
   return Quantized(values.astype(jnp.int8), scale)
 
 
-def matmul(
-  x: Float[Array, '*B I'], kernel: Float[Array, 'I O'] | Quantized, dtype: str
-) -> Float[Array, '*B O']:
-  """A product in `dtype`; a quantized kernel's scales come after it."""
-  x = x.astype(dtype)
-  if not isinstance(kernel, Quantized):
-    return x @ kernel.astype(dtype)
+def matmul(x: Float[Array, '*B I'], kernel: Quantized) -> Float[Array, '*B O']:
+  """A product in the type of `x`, after which the scales come."""
+  y = x @ kernel.values.astype(x.dtype)
   # Without the barrier libtpu 0.0.42 joins products into each other until its
   # stack overflows, at a batch of one row.
-  y = jax.lax.optimization_barrier(x @ kernel.values.astype(dtype))
-  scale = kernel.scale.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  y = jax.lax.optimization_barrier(y)
+  scale = kernel.scale.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   return y * scale
 
 

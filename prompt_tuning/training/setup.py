@@ -586,7 +586,8 @@ def sliced(
     )
   rows, tokens = batch_size // parts, None
   if microbatches is None and layout.on_cpu:
-    rows, tokens = batch_size, mesh_choice.CPU_TOKENS * layout.batch_shards
+    rows = batch_size
+    tokens = 2 * mesh_choice.CPU_TOKENS * layout.batch_shards
   shapes = slices.choose(
     slices.drawn(record.lengths, batch_size),
     longest,

@@ -126,7 +126,7 @@ def test_few_queries_need_no_keys_and_values(case, scan):
 
   (absorbed, its_program), (projected, its) = found(True), found(False)
   for a, b in zip(*map(jax.tree.leaves, (absorbed, projected)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
   assert its_program != its
   assert model.module.absorb
 
