@@ -383,6 +383,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
     ),
     ({'methods': (Lora(targets=('q',)),)}, 'name no projection'),
     (
+      {
+        'methods': (PROMPT, ModelTuning()),
+        'model': EncoderDecoderModel(
+          dataclasses.replace(CONFIG, attention='tpu_kernel')
+        ),
+      },
+      "attention='tpu_kernel' takes position biases as frozen",
+    ),
+    (
       {'train_steps': 1000, 'train_steps_relative': None},
       'not beyond the base',
     ),
