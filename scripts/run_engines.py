@@ -197,7 +197,7 @@ def ours(work: Work, meter: Meter, as_it_comes: bool = False) -> None:
   """`prompt-tuning train`."""
   from prompt_tuning import cli
   from prompt_tuning.training import checkpoints
-  from prompt_tuning.training import setup
+  from prompt_tuning.training import stepping
 
   meter.watch_jax()
   register_task(work)
@@ -216,15 +216,15 @@ def ours(work: Work, meter: Meter, as_it_comes: bool = False) -> None:
     *([] if as_it_comes else [f'train.microbatches={work.microbatches}']),
   ]
   meter.figures['typed'] = len(typed)
-  made, save = setup.step_function, checkpoints.Checkpoints.save
+  made, save = stepping.step_function, checkpoints.Checkpoints.save
 
   def timed_save(*args):
     start = time.time()
     save(*args)
     meter.saved(start, 'checkpoints/*')
 
-  setup.train_step = meter.traced(setup.train_step)
-  setup.step_function = lambda *args: meter.timed(made(*args))
+  stepping.train_step = meter.traced(stepping.train_step)
+  stepping.step_function = lambda *args: meter.timed(made(*args))
   checkpoints.Checkpoints.save = timed_save
   measuring = ['train.evaluation=None', 'TaskData.shuffle=False']
   if code := cli.main(['train', *typed, *measuring]):

@@ -224,7 +224,7 @@ def _training(work: Work, model: Any, variables: Any, batch: Any) -> Step:
   from prompt_tuning.training import batches
   from prompt_tuning.training import mesh_choice
   from prompt_tuning.training import partitioning
-  from prompt_tuning.training import setup
+  from prompt_tuning.training import stepping
   from prompt_tuning.training.train_state import TrainState
 
   layout = partitioning.single_device()
@@ -248,7 +248,7 @@ def _training(work: Work, model: Any, variables: Any, batch: Any) -> Step:
   parts = workload.parts(layout, mesh_choice.memory_of_job())
   record = types.SimpleNamespace(lengths=None)
   how = (layout, work.batch, work.microbatches, parts, None)
-  _, shapes = setup.sliced(itertools.repeat(batch), record, *how)
+  _, shapes = stepping.sliced(itertools.repeat(batch), record, *how)
   placed = batches.placed(
     batch,
     layout,
@@ -259,9 +259,9 @@ def _training(work: Work, model: Any, variables: Any, batch: Any) -> Step:
   ).content
   step = (model, tx, 1e-3, jax.random.key(0), layout)
   if shapes is None:
-    step = setup.step_function(*step, parts, shardings)
+    step = stepping.step_function(*step, parts, shardings)
   else:
-    step = setup.SlicedStep(*step, shardings)
+    step = stepping.SlicedStep(*step, shardings)
   made = Step(lambda: None)
   if shapes is None:
     compiling = step.lower(state, frozen, placed)

@@ -33,6 +33,7 @@ from prompt_tuning.training import mesh_choice
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
 from prompt_tuning.training import setup
+from prompt_tuning.training import stepping
 from prompt_tuning.training.train_state import TrainState
 
 STEPS = ('train', 'predict', 'score')
@@ -226,7 +227,7 @@ class Program:
     create = functools.partial(TrainState.create, optimizer=tx)
     state = jax.eval_shape(create, trained)
     shardings = setup.state_shardings(layout, state, axes)
-    function = setup.step_function(
+    function = stepping.step_function(
       self.model,
       tx,
       self.learning_rate,

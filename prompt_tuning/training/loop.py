@@ -29,6 +29,7 @@ from prompt_tuning.training import hosts
 from prompt_tuning.training import optimizers
 from prompt_tuning.training import reporting
 from prompt_tuning.training import setup
+from prompt_tuning.training import stepping
 from prompt_tuning.training import trained as trained_lib
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.checkpoints import Checkpoints
@@ -224,7 +225,7 @@ def train(
       validation_data=validation_data,
       validation_batches=validation_batches,
     )
-    prefetch, shapes = setup.prefetched(
+    prefetch, shapes = stepping.prefetched(
       data,
       model,
       virtual_tokens,
@@ -254,7 +255,7 @@ def train(
       patience=selection.patience,
       **periods,
     )
-    padding = setup.padding(shapes, parts)
+    padding = stepping.padding(shapes, parts)
     made = f'attention: {model.config.attention}'
     run.announce(layout, (reason, made, padding, lock.remark), start)
     if resolved_config is not None and hosts.is_primary():

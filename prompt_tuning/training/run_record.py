@@ -30,7 +30,7 @@ class RunRecord:
     data_shards: parts that the data are read in.
     position: batches consumed.
     lengths: of a sample of the rows, by which their padding was chosen (see
-      `setup.sliced`); None: there was no choice.
+      `stepping.sliced`); None: there was no choice.
     best: the best evaluation.
   """
 

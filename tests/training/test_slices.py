@@ -23,8 +23,8 @@ from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import batches as batches_lib
 from prompt_tuning.training import loop
 from prompt_tuning.training import partitioning
-from prompt_tuning.training import setup
 from prompt_tuning.training import slices
+from prompt_tuning.training import stepping
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.mesh_choice import Partitioner
 from prompt_tuning.training.train_state import TrainState
@@ -168,7 +168,7 @@ def test_a_sliced_step_equals_the_padded_one(variables, trained, normalizer):
   assert placed.filled == np.count_nonzero(
     batch()['encoder_input_tokens']
   ) + np.count_nonzero(batch()['decoder_target_tokens'])
-  step = setup.SlicedStep(
+  step = stepping.SlicedStep(
     *(model, optimizer, 1.0, RNG, layout),
     TrainState(*[layout.replicated] * 3),
   )
@@ -269,7 +269,7 @@ def test_batches_keep_their_order_and_a_run_its_shapes():
   layout = partitioning.single_device()
   record = types.SimpleNamespace(lengths=None)
   how = (layout, 8, None, 1, None)
-  given, shapes = setup.sliced(batches(), record, *how)
+  given, shapes = stepping.sliced(batches(), record, *how)
   for one, other in zip(itertools.islice(given, 80), batches()):
     jax.tree.map(np.testing.assert_array_equal, one, other)
   assert shapes.lengths[-1] == 45 and 1 < len(shapes.lengths) <= 7
@@ -277,11 +277,11 @@ def test_batches_keep_their_order_and_a_run_its_shapes():
   # Rounded up, and as JSON gives it back.
   assert sum(record.lengths['inputs'].values()) == 32 * 8
   saved = types.SimpleNamespace(lengths=json.loads(json.dumps(record.lengths)))
-  _, again = setup.sliced(batches(70), saved, *how)
+  _, again = stepping.sliced(batches(70), saved, *how)
   assert again == shapes
-  _, fixed = setup.sliced(batches(), record, layout, 8, 4, 4, (20,))
+  _, fixed = stepping.sliced(batches(), record, layout, 8, 4, 4, (20,))
   assert (fixed.lengths, fixed.rows) == ((20, 45), (2, 2))
-  _, none = setup.sliced(batches(), record, layout, 8, 4, 4, (45,))
+  _, none = stepping.sliced(batches(), record, layout, 8, 4, 4, (45,))
   assert none is None
 
 
