@@ -137,7 +137,8 @@ def _mix_backward(saved, gradient):
     by_weight *= keep.astype(jnp.float32)
     kept *= keep
   # The softmax takes off what all weights of a row have in common.
-  common = jnp.sum((mixed * gradient).astype(jnp.float32), -1, keepdims=True)
+  common = mixed.astype(jnp.float32) * gradient.astype(jnp.float32)
+  common = jnp.sum(common, -1, keepdims=True)
   by_score = weights.astype(jnp.float32) * (by_weight - common)
   narrow = by_score.astype(dtype)
   return (
