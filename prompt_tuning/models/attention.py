@@ -87,7 +87,7 @@ def _array(what):
 def mix(
   query: Float[Array, 'B N Q D'],
   key: Float[Array, 'B N S D'],
-  value: Float[Array, 'B N S D'],
+  value: Float[Array, 'B N S D'] | None,
   bias: Float[Array, '1 N Q S'] | None,
   mask: Bool[Array, '#B 1 #Q S'] | None,
   keep: Float[Array, 'B #N #Q S'] | None,
@@ -101,7 +101,8 @@ def mix(
   Args:
     query: of the activations' type, as keys and values.
     key: see there.
-    value: see there.
+    value: see there; None: the keys are the values, and have one gradient,
+      which devices that share the heads out add up once.
     bias: added to the scores; its gradient is computed if somebody asks.
     mask: False where a query may not look.
     keep: weights are multiplied by it, as dropout does.
@@ -123,7 +124,8 @@ def _mix_forward(query, key, value, bias, mask, keep):
     scores += jnp.where(mask, 0.0, MASKED)
   weights = jax.nn.softmax(scores).astype(query.dtype)
   kept = weights if keep is None else weights * keep
-  mixed = _product('bnqs,bnsd->bnqd', kept, value).astype(query.dtype)
+  values = key if value is None else value
+  mixed = _product('bnqs,bnsd->bnqd', kept, values).astype(query.dtype)
   biased = None if bias is None else ()
   return mixed, (query, key, value, weights, mixed, keep, biased)
 
@@ -131,7 +133,8 @@ def _mix_forward(query, key, value, bias, mask, keep):
 def _mix_backward(saved, gradient):
   query, key, value, weights, mixed, keep, biased = saved
   dtype = query.dtype
-  by_weight = _product('bnqd,bnsd->bnqs', gradient, value)
+  values = key if value is None else value
+  by_weight = _product('bnqd,bnsd->bnqs', gradient, values)
   kept = weights
   if keep is not None:
     by_weight *= keep.astype(jnp.float32)
@@ -141,10 +144,14 @@ def _mix_backward(saved, gradient):
   common = jnp.sum(common, -1, keepdims=True)
   by_score = weights.astype(jnp.float32) * (by_weight - common)
   narrow = by_score.astype(dtype)
+  by_key = _product('bnqs,bnqd->bnsd', narrow, query)
+  by_value = _product('bnqs,bnqd->bnsd', kept, gradient)
+  if value is None:
+    by_key, by_value = by_key + by_value, None
   return (
     _product('bnqs,bnsd->bnqd', narrow, key).astype(dtype),
-    _product('bnqs,bnqd->bnsd', narrow, query).astype(dtype),
-    _product('bnqs,bnqd->bnsd', kept, gradient).astype(dtype),
+    by_key.astype(dtype),
+    None if by_value is None else by_value.astype(dtype),
     None if biased is None else jnp.sum(by_score, 0, keepdims=True),
     None,
     None,
@@ -328,7 +335,7 @@ class Attention(nn.Module):
     mixed = mix(
       query.reshape(batch, 1, heads * length, -1),
       inputs.astype(self.dtype)[:, None],
-      inputs.astype(self.dtype)[:, None],
+      None,
       None,
       jnp.tile(mask, (1, 1, heads, 1)),
       keep,
