@@ -190,6 +190,13 @@ def summary(
 DIGITS = {'compilation, s': 1, 'load': 1, 'times the floor': 2, 'loss': 3}
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+  """'median (least to largest)', or the one value that there is."""
+  parts = (statistics.median(values), min(values), max(values))
+  middle, least, largest = (f'{part:,.{digits}f}' for part in parts)
+  return middle + (f' ({least} to {largest})' if least != largest else '')
+
+
 def table(columns: Mapping[str, Mapping[str, list[float]]]) -> Iterator[str]:
   """Lines of Markdown, a column an engine."""
   rows = dict.fromkeys(row for one in columns.values() for row in one)
@@ -203,10 +210,7 @@ def table(columns: Mapping[str, Mapping[str, list[float]]]) -> Iterator[str]:
         cells.append('–')
         continue
       digits = DIGITS.get(row, 1 if statistics.median(values) < 20 else 0)
-      parts = (statistics.median(values), min(values), max(values))
-      middle, least, largest = (f'{part:,.{digits}f}' for part in parts)
-      spread = f' ({least} to {largest})' if least != largest else ''
-      cells.append(f'{middle}{spread}')
+      cells.append(spread(values, digits))
     yield f'| {row} | {" | ".join(cells)} |'
 
 

@@ -37,13 +37,13 @@ import os
 import pathlib
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
+from benchmark import spread
 from run_engines import BASE_STEP
 from run_engines import ENGINES
 from run_engines import Meter
@@ -166,10 +166,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for one in shown.values():
       runs = one['runs'] if figure in one['runs'][0] else [one['reads']]
       values = [run[figure] for run in runs]
-      parts = (statistics.median(values), min(values), max(values))
-      middle, least, largest = (f'{part:,.{digits}f}' for part in parts)
-      spread = f' ({least} to {largest})' if least != largest else ''
-      cells.append(f'{middle}{spread}')
+      cells.append(spread(values, digits))
     yield f'| {row} | {" | ".join(cells)} |'
   for name, one in found.items():
     if 'missing' in one:

@@ -26,7 +26,7 @@ from prompt_tuning.methods.method import TaskText
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
-from prompt_tuning.models.attention import KERNELS
+from prompt_tuning.models.attention import require_trainable_biases
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.models.model import at_work
 from prompt_tuning.training import setup
@@ -73,11 +73,8 @@ class Network:
 
   def __post_init__(self):
     setup.virtual_tokens_of(self.methods, self.config)  # its checks
-    if not beside_t5(self.methods) and self.config.attention in KERNELS:
-      raise UserError(
-        f'T5Config.attention={self.config.attention!r} takes position biases as'
-        " frozen; T5X trains them here: give T5Config.attention='formula'"
-      )
+    if not beside_t5(self.methods):
+      require_trainable_biases(self.config.attention)
 
   @property
   def scan_layers(self) -> bool:

@@ -1,8 +1,9 @@
 """Multi-head attention with T5's masks and a cache for decoding.
 
-Who may look at whom (`Mask`) and how far apart they stand (`Bias`) are said by
-ids and positions; `attend` turns them into the values that each query mixes,
-and is the one place where an implementation is chosen.
+Who may look at whom (`Mask`) and how far apart they stand
+(`layers.PositionBias`) are said by ids and positions; `attend` turns them into
+the values that each query mixes, and is the one place where an implementation
+is chosen.
 
 T5 does not scale scores by 1 / sqrt(head_dim); the query's initialiser holds
 that factor instead. Scores and softmax are float32 whatever the activations
@@ -18,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from prompt_tuning.models import attention_kernel
+from prompt_tuning.errors import UserError
 from prompt_tuning.models import layers
-from prompt_tuning.models.attention_kernel import ANY_SEGMENT
 
 MASKED = -1e10
+# The number of a key's segment that every real query may look at.
+ANY_SEGMENT = -1
 # What `T5Config.attention` may be: `mix`, or `attention_kernel` for a backend.
 KERNELS = {
   'tpu_kernel': {'backend': 'tpu'},
@@ -32,6 +34,15 @@ KERNELS = {
 IMPLEMENTATIONS = ('formula', *KERNELS)
 
 _normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+
+
+def require_trainable_biases(implementation: str) -> None:
+  """UserError where it takes position biases as frozen; for who trains T5."""
+  if implementation in KERNELS:
+    raise UserError(
+      f'T5Config.attention={implementation!r} takes position biases as frozen;'
+      " train T5 itself with T5Config.attention='formula'"
+    )
 
 
 @struct.dataclass
@@ -170,6 +181,9 @@ def _through_kernel(
   settings: Mapping[str, Any],
 ) -> Float[Array, 'B Q N D']:
   """`attention_kernel`, on the devices that the arrays are split over."""
+  # Pallas is imported by those alone who run it.
+  from prompt_tuning.models import attention_kernel
+
   arrays = (query, key, value, None if bias is None else bias.table)
   arrays = (*arrays, mask.query_segments, mask.key_segments)
   settings = {**settings, 'causal': mask.query_positions is not None}

@@ -35,14 +35,13 @@ from jaxtyping import Array, Float, Int
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.models import layers
+from prompt_tuning.models.attention import ANY_SEGMENT
+from prompt_tuning.models.attention import MASKED
 
 BACKENDS = ('tpu', 'gpu')
-# The number of a key's segment that every real query may look at.
-ANY_SEGMENT = -1
-_MASKED = -1e10
 # What a maximum starts at: a masked score beside it weighs exactly nothing, so
 # a query with nothing to look at gets zeros, and gives no gradient.
-_LOWEST = _MASKED / 2
+_LOWEST = MASKED / 2
 # What a TPU's registers hold.
 _LANES, _SUBLANES = 128, 8
 
@@ -68,7 +67,8 @@ def attention(
 
   Differentiable by query, key and value. The table is taken as frozen: its
   gradient is not computed and comes out as zero, so who trains it takes another
-  path, and so does who drops out weights. Batch and heads are independent:
+  path. T5's dropout, which takes the same keys from all queries of a head, is a
+  matter of the values. Batch and heads are independent:
   over several devices it runs inside `jax.shard_map`, split by these (see
   `sharded_attention`).
 
@@ -206,7 +206,7 @@ class _Plan:
     scores = _product(key, query, 1, 1)
     for bias in biases:
       scores += self._bias(bias, i, j, h)
-    return jnp.where(seen, scores, _MASKED)
+    return jnp.where(seen, scores, MASKED)
 
   def _queries_less_keys(self) -> jax.Array:
     shape = (self.block_k, self.block_q)

@@ -51,9 +51,10 @@ def is_quantized(leaf: Any) -> bool:
   return isinstance(leaf, Quantized)
 
 
-def can_be(path: str) -> bool:
-  """Whether the parameter of a path is a kernel that is stored so."""
-  return path.endswith('/kernel') and 'logits_dense' not in path
+def applies(dtype: str | None, path: str) -> bool:
+  """Whether frozen weights of this type have the path's parameter so."""
+  is_kernel = path.endswith('/kernel') and 'logits_dense' not in path
+  return dtype == 'int8' and is_kernel
 
 
 def quantize(kernel: Float[Array, 'I *layers O']) -> Quantized:

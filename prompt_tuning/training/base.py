@@ -263,7 +263,7 @@ def load_params(
     flat_shardings = parameters.flatten(shardings)
   loaded = {}
   for path, spec in wanted.items():
-    rounds = dtype == 'int8' and quantization.can_be(path)
+    rounds = quantization.applies(dtype, path)
     stored = spec.dtype
     if dtype is not None:
       stored = 'float32' if rounds else dtype_beside_kernels(dtype)
@@ -288,7 +288,7 @@ def frozen_shapes(shapes: Any, places: Any, dtype: str) -> dict[str, Any]:
   beside = jnp.dtype(dtype_beside_kernels(dtype))
   found = {}
   for path, like in parameters.flatten(shapes).items():
-    if dtype == 'int8' and quantization.can_be(path):
+    if quantization.applies(dtype, path):
       found[path] = jax.tree.map(
         lambda one, place: jax.ShapeDtypeStruct(
           one.shape, one.dtype, sharding=place

@@ -59,11 +59,8 @@ def settings(
     raise UserError(
       'a frozen model needs trained parameters: give INITIAL_CHECKPOINT_PATH'
     )
-  if trains_base and model.config.attention in attention.KERNELS:
-    raise UserError(
-      f'T5Config.attention={model.config.attention!r} takes position biases as'
-      " frozen; train T5 itself with T5Config.attention='formula'"
-    )
+  if trains_base:
+    attention.require_trainable_biases(model.config.attention)
   if data.vocabulary is not None:
     vocabulary = load_vocabulary(data.vocabulary)
     if vocabulary.size > model.config.vocab_size:

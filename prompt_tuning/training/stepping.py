@@ -94,7 +94,7 @@ class SlicedStep:
     self._add = layout.jit(add, donate_argnums=0, out_shardings=summed)
     self._finish = layout.jit(finish, donate_argnums=0, out_shardings=stepped)
     self._at_once = layout.jit(at_once, donate_argnums=0, out_shardings=stepped)
-    self._of_part, self._layout, self._summed = of_part, layout, summed
+    self._of_part, self._summed = of_part, summed
     self._zeros: Callable[[], Any] | None = None
 
   def __call__(
@@ -199,7 +199,7 @@ def sliced(
 
   A sample of the first rows' lengths goes into the record, so that a run that
   goes on has the shapes it began with. On a CPU, where `microbatches` are not
-  given, a slice has `CPU_TOKENS` at most for each device that shares it;
+  given, a slice has twice `CPU_TOKENS` at most for each device that shares it;
   elsewhere it has the rows of a microbatch.
   """
   seen = [next(batches)]
