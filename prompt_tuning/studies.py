@@ -32,6 +32,7 @@ _VALUES = {
   '--adopt': 'study.adopt=[{!r}]',
 }
 _ONLY = '--only'
+_READS = ('--gin_file', '--gin_search_paths', '--allow_import')
 _OWN_MODULE = 'prompt_tuning.study.'
 
 
@@ -55,14 +56,12 @@ def own_words(arguments: Sequence[str]) -> list[str]:
       if not labels:
         raise ConfigurationError(f'{_ONLY} takes AXIS:LABEL,LABEL, got {value}')
       only[axis] = labels.split(',')
-    elif flag.startswith('--') and flag not in (
-      '--gin_file',
-      '--gin_search_paths',
-      '--allow_import',
+    elif flag.startswith('--') and not (
+      flag in _READS or flag.startswith('--gin.')
     ):
       near = gin_files.nearest(flag, [*_ACTIONS, *_VALUES, _ONLY, '--help'])
       raise ConfigurationError(f'{flag} is not a flag of study{near}')
-    elif not equals or flag.startswith('--') or _is_own(flag):
+    elif not equals or flag in _READS or _is_own(_name(word)):
       own.append(word)
     else:
       others.append(word)
@@ -123,7 +122,7 @@ class Commands:
     request, _ = self._parse([*rest, *words], own_file)
     found, _ = gin_files.read_bindings(request)
     usage = configuration.Usage(function, gin_files.holding(found))
-    return [word for word in words if word.partition('=')[0] in usage.used]
+    return [word for word in words if _name(word) in usage.used]
 
   def of_config(self, text: str) -> dict[str, Any]:
     """The settings of a run, of its config.gin."""
@@ -154,6 +153,11 @@ class Commands:
       if isinstance(one, _PLAIN) and isinstance(other, _PLAIN) and one != other:
         told.append(f'{name}: {other}, not {one}')
     return told
+
+
+def _name(word: str) -> str:
+  """What a binding of the command line binds."""
+  return word.partition('=')[0].removeprefix('--gin.')
 
 
 # Parameters that do not decide what a run is: where and how often it writes.

@@ -48,12 +48,18 @@ def bars(
     plot.set(ylabel=metric, xlabel=axis)
     plot.tick_params(axis='x', labelsize='small')
     plot.grid(alpha=0.3, axis='y')
-    rows = [
-      [label, str(summary), len(summary.values)]
-      for label, summary in found.items()
-    ]
-    text = f'{of(metric, evaluation)}; bars: standard deviation over runs.'
-    return Section(title or axis, text, [axis, metric, 'runs'], rows, drawn)
+    rows = []
+    for label, summary in found.items():
+      right = results.interval({axis: label}, evaluation)
+      said = '' if right is None else '{:.1f} to {:.1f}'.format(*right)
+      rows.append([label, str(summary), len(summary.values), said])
+    text = (
+      f'{of(metric, evaluation)}; bars: standard deviation over runs. The'
+      ' interval is of the share of right answers, in percent: 95%, bootstrap'
+      ' over examples.'
+    )
+    header = [axis, metric, 'runs', 'right answers']
+    return Section(title or axis, text, header, rows, drawn)
 
   return view
 

@@ -80,6 +80,20 @@ class Results:
     values = [sum(v) / most for v in by_seed.values() if len(v) == most]
     return statistics.Summary.of(values) if values else None
 
+  def interval(
+    self, labels: Labels, evaluation: str
+  ) -> tuple[float, float] | None:
+    """Of the share of right answers of the runs that have these labels.
+
+    None where they do not share examples (see `statistics.interval`).
+    """
+    right = [
+      run.answers(evaluation)
+      for found, run in self.chosen()
+      if labels.items() <= found.items()
+    ]
+    return statistics.interval(right)
+
 
 @dataclasses.dataclass
 class Section:

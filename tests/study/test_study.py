@@ -132,6 +132,10 @@ def test_the_page_is_all_by_itself_and_figures_are_files_too(folder):
   assert 'src="data:image/svg+xml;base64,' in page
   assert 'src="score' not in page and 'http' not in page.split('base64')[0]
   assert '![score over model](score_over_model.png)' in text
+  # Half of the prompts' runs have the first and the last of three answers
+  # right, all of them the second: of examples drawn again, 2.5% have it three
+  # times and more than 2.5% never.
+  assert '|prompt|25.0±7.1|2|50.0to100.0|' in text.replace(' ', '')
 
 
 def test_what_a_method_costs_stands_beside_what_it_gives(folder):
@@ -354,11 +358,13 @@ table.columns = 'SEED'
   return str(file)
 
 
+@pytest.mark.parametrize('dialect', ['', '--gin.'])
 def test_commands_are_listed_and_words_go_where_they_are_of_use(
-  gin_study, tmp_path, capsys
+  gin_study, tmp_path, capsys, dialect
 ):
-  text = 'Grid.words=models/t5_1_1_mini tasks/bbc_topics'
-  words = [gin_study, '--list', text, 'TRAIN_STEPS_RELATIVE=3', 'SHOTS=2']
+  text = "--gin.Grid.words='models/t5_1_1_mini tasks/bbc_topics'"
+  bindings = ['TRAIN_STEPS_RELATIVE=3', 'SHOTS=2']
+  words = [gin_study, '--list', text, *(dialect + x for x in bindings)]
   assert cli.main(['study', *words]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert [line.split()[1] for line in lines] == ['train', 'train', 'eval']
