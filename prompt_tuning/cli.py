@@ -101,6 +101,8 @@ CONFIGURED = {
     'studies/demo.gin',
     takes_run=False,
     over_processes=False,
+    # Its cells see to that, each as its own command does.
+    keeps_programs=False,
     finish=_studied,
   ),
 }

@@ -42,8 +42,9 @@ def use() -> None:
   is_off = os.environ.get(_ENABLED, '').lower() in _NO
   if is_off or os.environ.get(_FOLDER) is not None:
     return
-  folder = _home()
+  folder = 'a cache of yours'
   try:
+    folder = _home()
     _require_own(folder)
     _tidy(folder)
   except OSError as error:
@@ -70,9 +71,13 @@ def _tell_jax(folder: pathlib.Path) -> None:
 
 
 def _home() -> pathlib.Path:
+  """The user's folder; OSError where there is none."""
   caches = pathlib.Path(os.environ.get('XDG_CACHE_HOME', ''))
   if not caches.is_absolute():  # as the standard has it
-    caches = pathlib.Path('~/.cache').expanduser()
+    try:
+      caches = pathlib.Path('~/.cache').expanduser()
+    except RuntimeError as error:
+      raise FileNotFoundError(0, 'nobody says where your home is') from error
   return caches / 'prompt_tuning' / 'jax'
 
 

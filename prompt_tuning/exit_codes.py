@@ -29,8 +29,9 @@ def guarded(work: Callable[[], int], fault: int = 1) -> int:
     return 0
   except (errors.UserError, OSError) as error:
     # gin appends lines that name the configurable; ours is the first.
-    line = str(error).splitlines()[0].encode('utf-8', 'backslashreplace')
-    print(f'error: {line.decode()}', file=sys.stderr)
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = line.encode('utf-8', 'backslashreplace').decode()
+    print(f'error: {line}', file=sys.stderr)
     code = 2 if isinstance(error, ConfigurationError) else fault
     return getattr(error, 'EXIT_CODE', code)
   except KeyboardInterrupt:

@@ -85,6 +85,18 @@ def test_without_xdg_it_is_in_the_home(caches, monkeypatch, tmp_path):
   )
 
 
+def test_who_has_no_home_is_told_in_a_line(caches, monkeypatch, capsys):
+  def nobody(path):
+    raise RuntimeError('Could not determine home directory.')
+
+  monkeypatch.setenv('XDG_CACHE_HOME', '')
+  monkeypatch.setattr(compilation_cache.pathlib.Path, 'expanduser', nobody)
+  compilation_cache.use()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert 'nobody says where your home is' in line
+  assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ
+
+
 def test_the_users_own_folder_wins(caches, monkeypatch, tmp_path):
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'own'))
   compilation_cache.use()

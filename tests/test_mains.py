@@ -14,6 +14,7 @@ import pytest
 
 import prompt_tuning
 from prompt_tuning import cli
+from prompt_tuning import exit_codes
 from prompt_tuning.data.token_arrays import write_token_arrays
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.interop.base_checkpoints import save_base
@@ -435,6 +436,21 @@ def test_a_value_of_another_type_is_refused(
 ):
   arguments = train_arguments(folder, tmp_path / 'run', f'--gin.{flag}')
   assert words in fault(capsys, arguments, code=2)
+
+
+def test_a_fault_without_words_is_named(capsys):
+  def late():
+    raise TimeoutError
+
+  assert exit_codes.guarded(late) == 1
+  assert capsys.readouterr().err == 'error: TimeoutError\n'
+
+
+def test_a_model_is_exported_in_types_that_files_have(run, tmp_path, capsys):
+  arguments = ['export', str(run), f'EXPORT_DIR={tmp_path}/out']
+  message = fault(capsys, [*arguments, 'export.dtype=int8'])
+  assert "stored as float32 or bfloat16, got 'int8'" in message
+  assert not (tmp_path / 'out').exists()
 
 
 def test_export_of_no_run_is_told(folder, tmp_path, capsys):

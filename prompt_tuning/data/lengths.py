@@ -4,7 +4,7 @@ TASK_FEATURE_LENGTHS is chosen knowingly by `measure`, and checked against a
 sample of the data by `check_truncation` when a training begins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import inspect
 import logging
 import typing
@@ -77,6 +77,36 @@ def truncated(
   }
 
 
+def sample(
+  task: 'seqio.Task | seqio.Mixture', split: str
+) -> dict[str, Int[np.ndarray, 'N']]:
+  """Lengths, uncut, of the first `SAMPLE` examples of each task.
+
+  None of a task without the split, nor of one that cuts by itself.
+  """
+  return _joined(measure(one, split, SAMPLE) for one in _parts(task, split))
+
+
+def _parts(
+  task: 'seqio.Task | seqio.Mixture', split: str
+) -> Iterator['seqio.Task']:
+  import seqio
+
+  for part in seqio.get_subtasks(task):
+    if split in part.splits and not cut_by_task(part):
+      yield part
+
+
+def _joined(
+  samples: Iterable[Mapping[str, Int[np.ndarray, 'N']]],
+) -> dict[str, Int[np.ndarray, 'M']]:
+  samples, none = list(samples), np.zeros(0, np.int32)
+  return {
+    name: np.concatenate([none, *(one[name] for one in samples)])
+    for name in ('inputs', 'targets')
+  }
+
+
 def check_truncation(
   task: 'seqio.Task | seqio.Mixture', split: str, limits: Mapping[str, int]
 ) -> dict[str, Int[np.ndarray, 'N']]:
@@ -95,12 +125,8 @@ def check_truncation(
   Raises:
     UserError: if a label of a classification task, with EOS, does not fit.
   """
-  import seqio
-
-  seen: dict[str, list] = {'inputs': [], 'targets': []}
-  for part in seqio.get_subtasks(task):
-    if split not in part.splits or cut_by_task(part):
-      continue
+  seen = []
+  for part in _parts(task, split):
     vocabulary = part.output_features['targets'].vocabulary
     words = task_lib.class_labels(part) or ()
     rows = label_pieces(vocabulary, words, f'task {part.name}') if words else ()
@@ -112,10 +138,9 @@ def check_truncation(
           f' EOS, TASK_FEATURE_LENGTHS allows {limits["targets"]} for targets;'
           ' give more'
         )
-    sample = measure(part, split, SAMPLE)
-    for name, values in sample.items():
-      seen[name].append(values)
-    for name, share in truncated(sample, limits).items():
+    found = measure(part, split, SAMPLE)
+    seen.append(found)
+    for name, share in truncated(found, limits).items():
       if share > TOLERATED:
         logger.warning(
           'task %s, split %r: %.1f%% of %d examples have %s longer than %d'
@@ -123,10 +148,9 @@ def check_truncation(
           part.name,
           split,
           100 * share,
-          len(sample[name]),
+          len(found[name]),
           name,
           limits[name],
-          int(np.ceil(np.percentile(sample[name], 99))),
+          int(np.ceil(np.percentile(found[name], 99))),
         )
-  none = np.zeros(0, np.int32)
-  return {name: np.concatenate([none, *found]) for name, found in seen.items()}
+  return _joined(seen)

@@ -7,6 +7,7 @@ that of the examples alone, and an example stays near its place in it.
 """
 
 from collections.abc import Iterator, Mapping
+import itertools
 
 from jaxtyping import Int
 import numpy as np
@@ -116,7 +117,7 @@ def batches(
   """Batches of so many rows, from number `start` on."""
   number = 0
   while True:
-    taken = [row for row, _ in zip(packed, range(size))]
+    taken = list(itertools.islice(packed, size))
     if len(taken) < size:
       return
     if number >= start:

@@ -115,12 +115,7 @@ class TaskData:
       self.shuffle,
     )
     sample = lengths_lib.check_truncation(task, self.split, lengths)
-    targets_length = self.packed_targets_length or packing.targets_length(
-      sample['inputs'],
-      sample['targets'],
-      lengths,
-      0 if virtual_tokens is None else virtual_tokens.length,
-    )
+    targets_length = self._targets_length(sample, virtual_tokens)
     options = {
       'sequence_length': dict(lengths),
       'split': self.split,
@@ -157,6 +152,42 @@ class TaskData:
           batches = dataset.as_numpy_iterator()
       parts.append((batches, wanted[wanted // share == index] % share))
     return self._read(parts, task, num_shards)
+
+  def targets_length(self, virtual_tokens: VirtualTokens | None) -> int:
+    """Of the decoder's rows; packed, it may take a look at the data."""
+    if not self.pack or self.packed_targets_length is not None:
+      return self._targets_length({}, virtual_tokens)
+
+    from prompt_tuning.data import lengths as lengths_lib
+
+    first_id = None if virtual_tokens is None else virtual_tokens.first_id
+    task = self.task.checked(self.split, first_id, virtual_tokens, self.shuffle)
+    sample = lengths_lib.sample(task, self.split)
+    return self._targets_length(sample, virtual_tokens)
+
+  def _targets_length(
+    self,
+    sample: Mapping[str, Int[np.ndarray, 'N']],
+    virtual_tokens: VirtualTokens | None,
+  ) -> int:
+    """`targets_length`, given the lengths of a sample."""
+    least = self.feature_lengths['targets']
+    if not self.pack:
+      return least
+    given = self.packed_targets_length
+    if given is not None:
+      if given < least:
+        raise UserError(
+          f'TaskData.packed_targets_length must be {least} or more, the length'
+          f' of one example (TASK_FEATURE_LENGTHS), got {given}'
+        )
+      return given
+    return packing.targets_length(
+      sample['inputs'],
+      sample['targets'],
+      self.feature_lengths,
+      0 if virtual_tokens is None else virtual_tokens.length,
+    )
 
   def _read(self, parts, task, num_shards):
     with checking.reading(task, self.split):

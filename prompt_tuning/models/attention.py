@@ -36,6 +36,11 @@ IMPLEMENTATIONS = ('formula', *KERNELS)
 _normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
 
+def runs_on(implementation: str, platform: str) -> bool:
+  """Whether devices of a platform ('cpu', 'gpu', 'tpu') can run it."""
+  return KERNELS.get(implementation, {}).get('backend', platform) == platform
+
+
 def require_trainable_biases(implementation: str) -> None:
   """UserError where it takes position biases as frozen; for who trains T5."""
   if implementation in KERNELS:
@@ -216,9 +221,10 @@ class Attention(nn.Module):
   Few queries that look at much text need no keys and values of it: the
   projections are taken from the text to the queries, (q Wk') x' and (w x) Wv
   instead of q (x Wk)' and w (x Wv), which are the same numbers (`absorb`).
-  Where there are fewer queries than D it is less work, in decoding too, and no
-  cache is kept. Who acts on keys or values (`methods.Method.acts_on_keys`)
-  finds none then.
+  Where there are fewer queries than D it is less work, and no cache is kept;
+  in decoding that is all tokens of all beams (`predict_batch_with_aux` says
+  so: what a first call has cached is read). Who acts on keys or values
+  (`methods.Method.acts_on_keys`) finds none then.
   """
 
   num_heads: int

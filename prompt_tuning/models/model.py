@@ -114,11 +114,12 @@ class EncoderDecoderModel:
     inputs: Int[Array, 'B T'],
     *args,
     segments: Int[Array, 'B T'] | None = None,
+    module: network.Transformer | None = None,
     **kwargs,
   ) -> Any:
-    """The network, its methods at work."""
+    """The network, its methods at work; `module` in place of its own."""
     with at_work(self.methods, inputs, segments):
-      return self.module.apply(variables, *args, **kwargs)
+      return (module or self.module).apply(variables, *args, **kwargs)
 
   def logits(
     self, variables: Variables, batch: Batch, dropout_rng=None
@@ -267,8 +268,9 @@ class EncoderDecoderModel:
     encoded = self._apply(
       variables, inputs, inputs, method=network.Transformer.encode
     )
-    # The decoder reads no encoder output after this: its cache holds the
-    # projections of `encoded`, and the beams get copies of those.
+    # For many tokens to decode, all beams' together, the keys and values of
+    # `encoded` are made once: the cache holds them, and is read from then on.
+    many = num_decodes * length >= self.config.head_dim
     _, cache = self._apply(
       variables,
       inputs,
@@ -278,6 +280,7 @@ class EncoderDecoderModel:
       cache_length=length,
       method=network.Transformer.decode,
       mutable=['cache'],
+      module=network.Transformer(self.config) if many else None,
     )
     inputs = jnp.repeat(inputs, num_decodes, axis=0)  # [B * N, T]
     encoded = jnp.repeat(encoded, num_decodes, axis=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from prompt_tuning.data.vocabularies import ByteVocabulary
 from prompt_tuning.data.vocabularies import Vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import ANY_TEXT
+from prompt_tuning.models import attention
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
@@ -24,6 +26,8 @@ from prompt_tuning.training.base import check_vocabulary
 from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.trained import Trained
 from prompt_tuning.training.trained import layers_axis
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +99,16 @@ def load(
   variables = {parameters.PARAMS: base.load(config, layout, dtype=dtype)}
   for name, arrays in collections.items():
     variables[name] = layout.replicate(arrays)
+  if not attention.runs_on(config.attention, layout.platform):
+    logger.warning(
+      'T5Config.attention=%s does not run on %s: formula, which computes the'
+      ' same, takes its place',
+      config.attention,
+      layout.platform,
+    )
+    config = dataclasses.replace(config, attention='formula')
   return Loaded(
-    dataclasses.replace(model, methods=methods),
+    dataclasses.replace(model, config=config, methods=methods),
     variables,
     virtual_tokens,
     layout,

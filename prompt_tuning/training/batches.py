@@ -14,6 +14,7 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.training import partitioning
 from prompt_tuning.training.slices import Shapes
 from prompt_tuning.training.slices import row_lengths
+from prompt_tuning.training.slices import target_lengths
 
 
 @runtime_checkable
@@ -75,6 +76,14 @@ class Described(Protocol):
 
   def digest(self) -> str:
     """Another one for other examples, wherever they lie."""
+
+
+@runtime_checkable
+class Packs(Protocol):
+  """A source whose rows may hold the targets of several examples."""
+
+  def targets_length(self, virtual_tokens: VirtualTokens | None) -> int:
+    """Ids of the decoder's rows."""
 
 
 class Part(NamedTuple):
@@ -139,8 +148,9 @@ def placed(
     filled = filled * batch_size // len(pair[0])  # of others, about
     return Placed(content, batch_size, batch_size * width, filled)
   weights = np.asarray(token_weights(batch))
+  lengths = row_lengths(pair[0]), target_lengths(batch)
   content, tokens = [], 0
-  for number, one in enumerate(shapes.slices(*map(row_lengths, pair))):
+  for number, one in enumerate(shapes.slices(*lengths)):
     counted = weights[one.rows, : one.targets]
     counted[one.filled :] = 0
     content.append(

@@ -30,6 +30,7 @@ MAY_CHANGE = frozenset(
     'progress',
     'partitioner',
     'remat_policy',
+    'attention',
     'microbatches',
     'row_lengths',
     'model_dir',

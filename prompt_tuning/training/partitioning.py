@@ -186,9 +186,14 @@ class Layout:
     return self._size(self.batch.spec[0])
 
   @property
+  def platform(self) -> str:
+    """Of its devices: 'cpu', 'gpu' or 'tpu'."""
+    return self.mesh.devices.flat[0].platform
+
+  @property
   def on_cpu(self) -> bool:
     """Of CPU devices."""
-    return self.mesh.devices.flat[0].platform == 'cpu'
+    return self.platform == 'cpu'
 
   def padded(self, batch_size: int) -> int:
     """The next number of rows that can be split."""

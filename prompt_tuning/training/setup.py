@@ -17,6 +17,7 @@ from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.method import TaskText
+from prompt_tuning.models import attention
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
@@ -94,15 +95,25 @@ def layout(
   microbatches: int | None,
 ) -> tuple[partitioning.Layout, str, int]:
   """Where a run's arrays live, why there, and the microbatches it takes."""
+  lengths = data.feature_lengths
+  if isinstance(data, batches_lib.Packs):
+    virtual_tokens = virtual_tokens_of(model.methods, model.config)
+    lengths = {**lengths, 'targets': data.targets_length(virtual_tokens)}
   workload = Workload.of(
     model.config,
     model.methods,
-    data.feature_lengths,
+    lengths,
     param_dtype=storage_dtype(frozen_dtype, FROZEN_DTYPES),
     batch_size=data.batch_size,
     microbatches=microbatches,
   )
   found, reason = (partitioner or Partitioner()).layout(workload)
+  made = model.config.attention
+  if not attention.runs_on(made, found.platform):
+    raise UserError(
+      f'T5Config.attention={made} does not run on {found.platform}; formula'
+      ' does, and computes the same'
+    )
   return found, reason, workload.parts(found, mesh_choice.memory_of_job())
 
 

@@ -43,6 +43,20 @@ def row_lengths(ids: Int[np.ndarray, 'N T']) -> Int[np.ndarray, 'N']:
   return np.where(used.any(axis=1), length, 1)
 
 
+def target_lengths(
+  batch: Mapping[str, Shaped[np.ndarray, 'B _']],
+) -> Int[np.ndarray, 'N']:
+  """How much of the decoder's rows the loss looks at; 1 or more.
+
+  Without weights in the batch every position counts.
+  """
+  targets = batch['decoder_target_tokens']
+  if 'decoder_loss_weights' not in batch:
+    return np.full(len(targets), targets.shape[1])
+  weighted = (batch['decoder_loss_weights'] != 0).astype(np.int32)
+  return np.maximum(row_lengths(targets), row_lengths(weighted))
+
+
 class Slice(NamedTuple):
   """Some rows of a batch, and what they are padded to.
 

@@ -27,6 +27,7 @@ from prompt_tuning.models import parameters
 from prompt_tuning.training import tensor_files
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import fingerprint
+from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.checkpoints import MANIFEST
 from prompt_tuning.training.checkpoints import Checkpoints
 
@@ -302,6 +303,8 @@ def export(
   Raises:
     UserError: no such run or checkpoint, or the folder holds files.
   """
+  if dtype is not None:
+    storage_dtype(dtype)
   files.check_output(
     output_dir,
     [model_dir],

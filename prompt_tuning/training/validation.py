@@ -81,7 +81,7 @@ def _sliced(
     for name in batches[0]
   }
   inputs = slices.row_lengths(rows['encoder_input_tokens'])
-  targets = slices.row_lengths(rows['decoder_target_tokens'])
+  targets = slices.target_lengths(rows)
   shapes = slices.choose(
     [inputs],
     rows['encoder_input_tokens'].shape[1],

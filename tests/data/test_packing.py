@@ -63,6 +63,11 @@ def test_batches_begin_anywhere():
   rows = list(packing.rows(with_end(examples([(5, 1)] * 40)), 8))
   batches = list(packing.batches(iter(rows), 4, 0))
   assert all(len(v) == 4 for batch in batches for v in batch.values())
+  # No row is lost between two of them.
+  together = np.concatenate([b['encoder_input_tokens'] for b in batches])
+  one_by_one = np.stack([row['encoder_input_tokens'] for row in rows])
+  np.testing.assert_array_equal(together, one_by_one[: len(together)])
+  assert len(together) > len(rows) - 4
   later = list(packing.batches(iter(rows), 4, 3))
   assert len(later) == len(batches) - 3
   np.testing.assert_array_equal(

@@ -111,6 +111,20 @@ def test_a_resumed_stream_continues_the_uninterrupted_one(name, pack):
     assert_same(first_batches(source, 14 - start, 3, start), whole[start:])
 
 
+def test_rows_are_as_long_as_they_are_said_to_be():
+  for source in (
+    data(),
+    data(pack=True),
+    data(pack=True, packed_targets_length=40),
+  ):
+    (batch,) = first_batches(source, 1, seed=0)
+    said = source.targets_length(None)
+    assert batch['decoder_target_tokens'].shape[1] == said
+  assert said == 40
+  with pytest.raises(UserError, match='packed_targets_length must be .* 1$'):
+    data(pack=True, packed_targets_length=1).targets_length(None)
+
+
 def test_the_order_depends_on_the_seed_alone():
   assert_same(
     first_batches(data(), 5, seed=1), first_batches(data(), 5, seed=1)

@@ -172,6 +172,22 @@ def test_decoding_without_keys_has_no_cache_of_them():
   assert not any('encoder_decoder' in path for path in cached(model))
 
 
+def test_many_beams_share_keys_that_are_made_once():
+  def decode(start, cache, tokens_to_logits, *, num_decodes, **_):
+    seen.append(parameters.flatten(cache))
+    decodes = jnp.zeros((2, num_decodes, 3), jnp.int32)
+    return decodes, jnp.zeros((2, num_decodes))
+
+  seen = []
+  model = EncoderDecoderModel(CONFIG, methods=(Prompt(2),), decode_fn=decode)
+  variables = variables_of(model)
+  batch = {**BATCH, 'decoder_input_tokens': np.zeros((2, 3), 'i')}
+  for beams in (1, 2):  # 3 and 6 tokens; heads are of 6
+    model.predict_batch_with_aux(variables, batch, num_decodes=beams)
+  crossed = [sum('encoder_decoder' in k for k in cache) for cache in seen]
+  assert crossed == [0, 4]
+
+
 def test_keys_are_there_for_methods_that_act_on_them():
   def absorbs(*methods):
     return EncoderDecoderModel(CONFIG, methods=methods).module.absorb

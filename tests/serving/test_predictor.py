@@ -1,5 +1,6 @@
 """Predictions for texts: batching, labels, files."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,10 +18,13 @@ from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import decoding
 from prompt_tuning.models import model as model_lib
 from prompt_tuning.models import network
+from prompt_tuning.models import parameters
 from prompt_tuning.serving import jobs
+from prompt_tuning.serving import loading
 from prompt_tuning.serving.loading import Loaded
 from prompt_tuning.serving.predictor import Predictor
 from prompt_tuning.training import partitioning
+from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.trained import Trained
 
 VOCAB = 64
@@ -65,6 +69,17 @@ def model():
     decode_fn=decoding.temperature_sample,
     methods=(Prompt(3, num_prompts=2),),
   )
+
+
+def test_a_kernel_of_other_devices_is_replaced_and_named(caplog):
+  config = dataclasses.replace(CONFIG, attention='tpu_kernel')
+  model = model_lib.EncoderDecoderModel(config)
+  params = jax.jit(model.init_params)(jax.random.key(0))
+  arrays = jax.tree.map(np.asarray, parameters.flatten(params))
+  base = BaseCheckpoint('tiny', 0, arrays, {})
+  loaded = loading.load(model, base)
+  assert loaded.model.config == dataclasses.replace(config, attention='formula')
+  assert 'attention=tpu_kernel does not run on cpu' in caplog.text
 
 
 @pytest.fixture(scope='module')

@@ -392,6 +392,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
       "attention='tpu_kernel' takes position biases as frozen",
     ),
     (
+      {
+        'model': EncoderDecoderModel(
+          dataclasses.replace(CONFIG, attention='gpu_kernel')
+        ),
+      },
+      'attention=gpu_kernel does not run on cpu; formula does',
+    ),
+    (
       {'train_steps': 1000, 'train_steps_relative': None},
       'not beyond the base',
     ),

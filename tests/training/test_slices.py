@@ -191,6 +191,23 @@ def test_a_sliced_step_equals_the_padded_one(variables, trained, normalizer):
   assert step._add._cache_size() == len(seen) <= 3
 
 
+@pytest.mark.parametrize('given', ['none', 'behind the targets'])
+def test_what_counts_behind_the_last_target_is_not_cut(given):
+  whole, layout = batch(), partitioning.single_device()
+  if given == 'none':  # then padding counts too
+    del whole['decoder_loss_weights']
+  else:
+    whole['decoder_loss_weights'][2, -1] = 1.0
+  model = EncoderDecoderModel(CONFIG)
+  shapes = dataclasses.replace(FEWER, targets=(4, L))
+  placed = batches_lib.placed(
+    whole, layout, 8, 32 + P, shapes, model.token_weights
+  )
+  assert len(placed.content) > 2
+  found = sum(float(part.weights.sum()) for part in placed.content)
+  assert found == float(model.token_weights(whole).sum())
+
+
 def test_decoding_scores_and_ranks_do_not_depend_on_padding(variables):
   model = EncoderDecoderModel(CONFIG, methods=(Prompt(P, 1, uniform()),))
   rows = batch(3)
