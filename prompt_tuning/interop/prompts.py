@@ -242,7 +242,9 @@ def from_file(path: str | os.PathLike) -> Initializer:
 
 
 def source_prompts(paths: Sequence[str | os.PathLike]) -> Initializer:
-  """The prompts of several files as one table, for `Attempt.sources`.
+  """The prompts of several files as one table.
+
+  For `Attempt.sources`, and `MultitaskPrompt.teachers` in their tasks' order.
 
   Args:
     paths: see `load_prompt`; files of one prompt each.
@@ -259,7 +261,7 @@ def source_prompts(paths: Sequence[str | os.PathLike]) -> Initializer:
     if len(tables) != number:
       raise UserError(
         f'source_prompts gives {len(tables)} prompts, {number} are wanted: bind'
-        f' Attempt.num_sources = {len(tables)}'
+        f' Attempt.num_sources = {len(tables)}, for teachers Prompt.num_prompts'
       )
     for path, table in tables.items():
       if table.shape != (1, *rows):

@@ -284,6 +284,30 @@ def test_the_penalty_counts_once_however_a_batch_is_divided(
   assert float(method.penalty(arrays, {})) == pytest.approx(by_hand)
 
 
+def test_trained_prompts_teach_however_a_batch_is_divided(
+  tmp_path, tiny_vocabulary
+):
+  rng = np.random.default_rng(0)
+  paths = [tmp_path / 'a', tmp_path / 'b']
+  for path in paths:
+    save_prompt(path, rng.normal(size=(3, 16)).astype('f'), {})
+  method = MultitaskPrompt(TWO, teachers=source_prompts(paths))
+  settings = {'optimizer': optax.sgd, 'learning_rate': 0.02}
+  found = []
+  for parts in (1, 2):
+    folder = tmp_path / str(parts)
+    run(folder, method, 2, tiny_vocabulary, microbatches=parts, **settings)
+    (trained,) = load_trained(folder / 'multitask_prompt')
+    assert set(trained.arrays) == {'shared', 'columns', 'rows'}
+    found.append((lines_of(folder), trained.arrays))
+  (lines, arrays), (in_parts, others) = found
+  for one, other in zip(lines, in_parts):
+    assert one['penalty'] > 0.01
+    assert one['penalty'] == pytest.approx(other['penalty'], rel=1e-5)
+  for name, array in arrays.items():
+    np.testing.assert_allclose(array, others[name], atol=1e-6)
+
+
 def test_a_text_of_another_length_is_told(tiny_vocabulary):
   params = {'token_embedder': {'embedding': jnp.zeros((192, 16))}}
   encode = load_vocabulary(tiny_vocabulary).encode
