@@ -57,6 +57,7 @@ CONFIGURABLES = {
   'from_file': 'prompt_tuning.interop.prompts',
   'source_prompts': 'prompt_tuning.interop.prompts',
   'multitask_source': 'prompt_tuning.interop.prompts',
+  'attempt_attention': 'prompt_tuning.interop.prompts',
   'study': 'prompt_tuning.study.study',
   'Grid': 'prompt_tuning.study.grid',
   **dict.fromkeys(

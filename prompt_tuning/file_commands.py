@@ -41,7 +41,7 @@ def _convert(parser: argparse.ArgumentParser, arguments) -> Iterable[Any]:
   add('--trained', help='what was trained on the model, to fold into it')
   add('--base', help="for peft: the adapter's model; for recycled: the new one")
   add('--old_base', help='for recycled: of the prompt, if it does not name it')
-  kinds = ('linear', 'mlp')
+  kinds = formats.MAPS
   add('--recycler', default='linear', choices=kinds, help='for recycled')
   add(
     '--vocabulary',

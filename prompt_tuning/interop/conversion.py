@@ -62,7 +62,7 @@ def convert(
       on it (LoRA, IA3, norm scales), which is folded into its parameters.
     base: the model that a PEFT adapter or a recycled prompt belongs to.
     old_base: of a prompt to recycle; None: the one that it names.
-    recycler: 'linear' or 'mlp'.
+    recycler: 'linear', 'lin_comb' or 'mlp'.
     vocabulary: written beside a Hugging Face model; of a prompt to recycle both
       models', whose words it is fitted on (None: all pieces).
     step: of a model that does not say it.

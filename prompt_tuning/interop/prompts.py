@@ -26,6 +26,8 @@ from prompt_tuning.interop import adapters
 from prompt_tuning.interop import faults
 from prompt_tuning.interop import peft_methods
 from prompt_tuning.interop import t5x
+from prompt_tuning.methods.attempt import Attempt
+from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning.methods.prompt import Initializer
 from prompt_tuning.methods.prompt import Prompt
@@ -242,7 +244,9 @@ def from_file(path: str | os.PathLike) -> Initializer:
 
 
 def source_prompts(paths: Sequence[str | os.PathLike]) -> Initializer:
-  """The prompts of several files as one table, for `Attempt.sources`.
+  """The prompts of several files as one table.
+
+  For `Attempt.sources`, and `MultitaskPrompt.teachers` in their tasks' order.
 
   Args:
     paths: see `load_prompt`; files of one prompt each.
@@ -259,7 +263,7 @@ def source_prompts(paths: Sequence[str | os.PathLike]) -> Initializer:
     if len(tables) != number:
       raise UserError(
         f'source_prompts gives {len(tables)} prompts, {number} are wanted: bind'
-        f' Attempt.num_sources = {len(tables)}'
+        f' Attempt.num_sources = {len(tables)}, for teachers Prompt.num_prompts'
       )
     for path, table in tables.items():
       if table.shape != (1, *rows):
@@ -280,13 +284,31 @@ def multitask_source(
   Args:
     path: of a run, a file or a PEFT adapter (see `load_trained`).
   """
+  return _arrays_of(MultitaskPrompt, path)
+
+
+def attempt_attention(
+  path: str | os.PathLike,
+) -> Callable[[], Mapping[str, Any]]:
+  """The arrays of a trained Attempt, for `Attempt.attention`.
+
+  Args:
+    path: of a run or a file.
+  """
+  return _arrays_of(Attempt, path)
+
+
+def _arrays_of(
+  kind: type[Method], path: str | os.PathLike
+) -> Callable[[], Mapping[str, Any]]:
+  """Gives the arrays that a method of this kind has at the path."""
   found = load_trained(path)
   for one in found:
-    if isinstance(one.method, MultitaskPrompt):
+    if isinstance(one.method, kind):
       arrays = {k: np.asarray(x, np.float32) for k, x in one.arrays.items()}
       return lambda: arrays
   names = ', '.join(one.method.collection for one in found)
-  raise UserError(f'{path} holds {names}, a multitask_prompt is required')
+  raise UserError(f'{path} holds {names}, {kind.collection} is required')
 
 
 def _prompt(array: Any, facts: Mapping[str, Any], source: str) -> Trained:

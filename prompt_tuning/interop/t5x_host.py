@@ -52,12 +52,18 @@ def is_trained(methods: Sequence[Method]) -> Callable[[str, Any], bool]:
     UserError: a method needs more of a train step than T5X's does.
   """
   for method in methods:
-    for name in ('penalty', 'refreshed'):
-      if getattr(type(method), name) is not getattr(Method, name):
-        raise UserError(
-          f"{method.collection} needs a train step with its {name}, which T5X's"
-          ' has not; train it with prompt-tuning train'
-        )
+    needed = [
+      name
+      for name in ('penalty', 'refreshed')
+      if getattr(type(method), name) is not getattr(Method, name)
+    ]
+    if method.token_penalty() is not None:
+      needed.append('token_penalty')
+    if needed:
+      raise UserError(
+        f'{method.collection} needs a train step with its {needed[0]}, which'
+        " T5X's has not; train it with prompt-tuning train"
+      )
 
   def select(path: str, value: Any) -> bool:
     del value

@@ -2,9 +2,9 @@
 
 Similarity of tasks by their prompts and the choice of a source are SPoT's (Vu
 et al. 2022, section 4), maps between models prompt recycling's (Lester et al.
-2022, section 3): both models have one vocabulary, and a function that takes
-each piece's embedding in the old one near to that in the new one is given the
-prompt.
+2022, arXiv 2208.05577, section 3): both models have one vocabulary, and a
+function that takes each piece's embedding in the old one near to that in the
+new one is given the prompt.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,10 @@ import numpy as np
 import optax
 
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop.formats import MAPS
+from prompt_tuning.interop.formats import Map
 
 Similarity = Literal['mean_rows', 'pairs']
-Map = Literal['linear', 'mlp']
 
 # The recipe of the authors' run_recycle.py.
 FIRST, PAIRS = 1000, 4000
@@ -82,8 +83,12 @@ def recycled(
     prompt: of the old model.
     old: its embeddings.
     new: the new model's; rows that only one of both has are left out.
-    kind: 'linear', by least squares (the authors' v2v-lin), or 'mlp', of one
-      hidden layer of 4 F units and ReLU, trained by Adam (v2v-nn).
+    kind: 'linear', a matrix by least squares (the authors' v2v-lin); 'mlp', of
+      one hidden layer of 4 F units and ReLU, trained by Adam (v2v-nn); or
+      'lin_comb' (lin-comb): each row as a combination of old embeddings, of
+      which the new ones are combined alike. With the smallest weights, by
+      least squares, as the authors' are, it is 'linear' but for rounding:
+      both take a prompt P to P pinv(old) new.
     words: which pieces the map is fitted on (`nearest_pieces.word_pieces`; the
       authors took English words); None: all.
     first: so many of these, the most common ones, are left out.
@@ -92,8 +97,8 @@ def recycled(
   Raises:
     UserError: there is nothing to fit it on.
   """
-  if kind not in ('linear', 'mlp'):
-    raise UserError(f"a map is 'linear' or 'mlp', got {kind!r}")
+  if kind not in MAPS:
+    raise UserError(f'a map is one of {", ".join(MAPS)}, got {kind!r}')
   if prompt.shape[-1] != old.shape[1]:
     raise UserError(
       f'the prompt has embed {prompt.shape[-1]}, the model that it was trained'
@@ -107,11 +112,15 @@ def recycled(
       f'no pieces are left to fit the map on: {rows} rows are of both models,'
       f' the first {first} pieces are left out'
     )
+  prompt = prompt.astype(np.float32)
   inputs, outputs = (np.asarray(x, np.float32)[chosen] for x in (old, new))
   if kind == 'linear':
-    matrix = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
-    return prompt.astype(np.float32) @ matrix
-  return np.asarray(_mlp(inputs, outputs)(jnp.asarray(prompt, jnp.float32)))
+    return prompt @ np.linalg.lstsq(inputs, outputs, rcond=None)[0]
+  if kind == 'lin_comb':
+    rows = prompt.reshape(-1, prompt.shape[-1])
+    weights = np.linalg.lstsq(inputs.T, rows.T, rcond=None)[0]
+    return (weights.T @ outputs).reshape(*prompt.shape[:-1], -1)
+  return np.asarray(_mlp(inputs, outputs)(jnp.asarray(prompt)))
 
 
 def _mlp(

@@ -9,10 +9,11 @@ LN a layer norm,
   rows = sum_j a_j S_j + (1 + a_T) T.
 
 The authors' code lets padding into x where a batch has some; here an example's
-rows are the same in any batch.
+rows are the same in any batch. It can also begin with an attention (down, up
+and LN) that was trained on the sources' tasks, as its multi-task runs do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.methods.computed_prompt import ComputedPrompt
@@ -47,6 +49,11 @@ class Attempt(ComputedPrompt):
     sources: an initialiser that gives [S, P, E]; `source_prompts` reads files.
     size: r, the authors' 100.
     temperature: None: e * E (the authors' 2087 of T5 base).
+    attention: gives the arrays of a trained one, of which another takes the
+      attention's; None: it is drawn.
+    attention_rate: the learning rate of the attention is the prompt's times
+      this. (The authors' code has an option for it, which none of their
+      configurations sets.)
   """
 
   collection: ClassVar[str] = 'attempt'
@@ -56,6 +63,8 @@ class Attempt(ComputedPrompt):
   sources: Initializer = dataclasses.field(default_factory=sampled_vocabulary)
   size: int = 100
   temperature: float | None = None
+  attention: Callable[[], Mapping[str, Float[np.ndarray, '...']]] | None = None
+  attention_rate: float = 1.0
 
   def init(
     self, rng: jax.Array, params: Any, text: TaskText
@@ -71,17 +80,30 @@ class Attempt(ComputedPrompt):
       bound = shape[0] ** -0.5
       return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-    return {
-      'table': table,
-      'sources': jnp.asarray(sources, jnp.float32),
+    attention = {
       'down': uniform(keys[1], (embed, r)),
       'up': uniform(keys[2], (r, embed)),
       'norm_scale': jnp.ones(embed, jnp.float32),
       'norm_bias': jnp.zeros(embed, jnp.float32),
     }
+    if self.attention is not None:
+      attention = self._trained_attention(attention)
+    sources = jnp.asarray(sources, jnp.float32)
+    return {'table': table, 'sources': sources, **attention}
+
+  def _trained_attention(self, needed: Mapping[str, Array]) -> dict[str, Array]:
+    given = self.attention()
+    for name, array in needed.items():
+      if given[name].shape != array.shape:
+        raise UserError(
+          f'Attempt.attention has {name} {list(given[name].shape)}, this one'
+          f' needs {list(array.shape)}: bind its size, on the same model'
+        )
+    return {name: jnp.asarray(given[name], jnp.float32) for name in needed}
 
   def rate(self, path: str) -> float:
-    return 0.0 if path == 'sources' else self.learning_rate_scale
+    of_arrays = {'table': 1.0, 'sources': 0.0}
+    return self.learning_rate_scale * of_arrays.get(path, self.attention_rate)
 
   def intercept(self, batch: Mapping[str, jax.Array]) -> Interceptor:
     if 'encoder_segment_ids' in batch:

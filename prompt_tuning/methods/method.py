@@ -20,7 +20,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from prompt_tuning.data.virtual_tokens import VirtualTokens
 from prompt_tuning.data.vocabularies import ByteVocabulary
@@ -29,6 +29,7 @@ from prompt_tuning.models import parameters
 from prompt_tuning.models.network import T5Config
 
 Interceptor = Callable[..., Any]
+TokenPenalty = Callable[..., Float[Array, 'B L']]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,18 @@ class Method:
       params: T5's.
     """
     del arrays, params
+    return None
+
+  def token_penalty(self) -> TokenPenalty | None:
+    """How it adds to each token's loss in training; logged in 'penalty' too.
+
+    Returns:
+      A function `(arrays, outputs, alone) -> [B, L]` of its own arrays, of the
+      network's `model.Outputs`, and of a function `alone(method, arrays)` that
+      gives those of T5 with this method and no other on the same batch, without
+      dropout or gradient. What it gives is weighed as each token's loss is, so
+      that no division of a batch changes it.
+    """
     return None
 
   def refreshed(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
@@ -28,19 +28,36 @@ Batch = Mapping[str, jax.Array | np.ndarray]
 Variables = Mapping[str, dict]
 
 
+class Outputs(NamedTuple):
+  """What the network makes of a batch.
+
+  Attributes:
+    logits: of every target, float32.
+    states: the decoder's last ones, behind its norm.
+  """
+
+  logits: Float[Array, 'B L V']
+  states: Float[Array, 'B L E']
+
+
 @runtime_checkable
 class ActsOnNetwork(Protocol):
   """What the model needs of a method (see `prompt_tuning.methods`).
 
   Attributes:
+    collection: of its variables.
     acts_on_keys: its interceptor looks at the keys or values of the attention
       over the encoder, which are computed then.
   """
 
+  collection: str
   acts_on_keys: bool
 
   def intercept(self, batch: Batch) -> Callable[..., Any] | None:
     """Flax's interceptor of the network's calls, for this batch."""
+
+  def token_penalty(self) -> Callable[..., Float[Array, 'B L']] | None:
+    """Gives what is added to each token's loss, of arrays and outputs."""
 
 
 def _on_device(batch: Batch) -> dict[str, jax.Array]:
@@ -125,9 +142,15 @@ class EncoderDecoderModel:
     self, variables: Variables, batch: Batch, dropout_rng=None
   ) -> Float[Array, 'B L V']:
     """float32 logits of every target; dropout is on if it is given a key."""
+    return self.outputs(variables, batch, dropout_rng).logits
+
+  def outputs(
+    self, variables: Variables, batch: Batch, dropout_rng=None
+  ) -> Outputs:
+    """As `logits`, and the states that they are made of."""
     batch = _on_device(batch)
     inputs = batch['encoder_input_tokens']
-    return self._apply(
+    logits, noted = self._apply(
       variables,
       inputs,
       inputs,
@@ -138,7 +161,11 @@ class EncoderDecoderModel:
       segments=batch.get('encoder_segment_ids'),
       enable_dropout=dropout_rng is not None,
       rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+      capture_intermediates=lambda module, _: module.name == 'decoder_norm',
+      mutable=['intermediates'],
     )
+    (states,) = noted['intermediates']['decoder']['decoder_norm']['__call__']
+    return Outputs(logits, states)
 
   def token_weights(self, batch: Batch) -> Float[Array, 'B L']:
     """Each token's weight in the loss, normaliser included."""
@@ -150,6 +177,7 @@ class EncoderDecoderModel:
     batch: Batch,
     dropout_rng: jax.Array | None = None,
     token_weights: Float[Array, 'B L'] | None = None,
+    penalties: bool = False,
   ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
     """The loss, z-loss included, and sums for metrics.
 
@@ -159,16 +187,18 @@ class EncoderDecoderModel:
       dropout_rng: None switches dropout off.
       token_weights: `self.token_weights` of the whole batch, where this one is
         only a part of it; None takes this batch's.
+      penalties: adds what methods add to each token's loss, as training does.
 
     Returns:
       The loss and {'loss', 'z_loss', 'weights': as they enter the loss;
-      'cross_entropy', 'correct', 'tokens': sums over tokens of weight > 0}.
+      'cross_entropy', 'correct', 'tokens': sums over tokens of weight > 0}, and
+      with penalties 'penalty': theirs, which is not in 'loss'.
     """
     batch = _on_device(batch)
     if token_weights is None:
       token_weights = self.token_weights(batch)
-    logits = self.logits(variables, batch, dropout_rng)
-    targets = batch['decoder_target_tokens']
+    outputs = self.outputs(variables, batch, dropout_rng)
+    logits, targets = outputs.logits, batch['decoder_target_tokens']
     token_loss, token_z_loss = losses.cross_entropy(
       logits,
       targets,
@@ -179,7 +209,7 @@ class EncoderDecoderModel:
     loss = jnp.sum(token_loss * token_weights) + z_loss
     counted = (token_weights > 0).astype(jnp.float32)
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    return loss, {
+    sums = {
       'loss': loss,
       'z_loss': z_loss,
       'weights': jnp.sum(token_weights),
@@ -187,6 +217,28 @@ class EncoderDecoderModel:
       'correct': jnp.sum(correct * counted),
       'tokens': jnp.sum(counted),
     }
+    if not penalties:
+      return loss, sums
+    of_tokens = self._token_penalty(variables, batch, outputs)
+    penalty = jnp.sum(of_tokens * token_weights)
+    return loss + penalty, {**sums, 'penalty': penalty}
+
+  def _token_penalty(
+    self, variables: Variables, batch: Batch, outputs: Outputs
+  ) -> Float[Array, 'B L']:
+    """What methods add to each token's loss."""
+
+    def alone(method, arrays):
+      params = variables[parameters.PARAMS]
+      given = {parameters.PARAMS: params, method.collection: arrays}
+      model = dataclasses.replace(self, methods=(method,))
+      return model.outputs(jax.lax.stop_gradient(given), batch)
+
+    total = jnp.zeros(outputs.logits.shape[:2], jnp.float32)
+    for method in self.methods:
+      if (penalty := method.token_penalty()) is not None:
+        total += penalty(variables[method.collection], outputs, alone)
+    return total
 
   def score_batch(
     self, variables: Variables, batch: Batch

@@ -40,7 +40,8 @@ def gradients(
     rng = None
 
   def loss_fn(trainable):
-    return model.loss_fn({**frozen, **trainable}, part, rng, weights)
+    variables = {**frozen, **trainable}
+    return model.loss_fn(variables, part, rng, weights, penalties=True)
 
   grads, sums = jax.grad(loss_fn, has_aux=True)(dict(trainable))
   return sums, grads
@@ -69,7 +70,7 @@ def update(
   trainable = _refreshed(model, frozen, trainable)
   metrics = {
     **sums,
-    'penalty': penalty,
+    'penalty': sums['penalty'] + penalty,
     'gradient_norm': optax.tree.norm(grads),
     'update_norm': optax.tree.norm(updates),
     'trained_norm': optax.tree.norm(_trained(model, trainable)),

@@ -31,14 +31,19 @@ from prompt_tuning.interop import t5x
 from prompt_tuning.interop import t5x_host
 from prompt_tuning.methods import prompt as prompt_lib
 from prompt_tuning.methods.lora import Lora
+from prompt_tuning.methods.method import TaskText
 from prompt_tuning.methods.model_tuning import ModelTuning
+from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.training import optimizers
+from prompt_tuning.training import setup
 from prompt_tuning.training.train_state import TrainState
 from prompt_tuning.training.train_step import train_step
+from prompt_tuning.training.trained import Trained
+from prompt_tuning.training.trained import save_trained
 
 needs_t5x = pytest.mark.skipif(
   importlib.util.find_spec('t5x') is None,
@@ -52,6 +57,7 @@ BATCH = 16
 PROMPT = Prompt(
   length=6, initializer=prompt_lib.class_labels(words=tuple(TOPICS))
 )
+CONFIGS = gin_files.configs_folder()
 RATES = {'prompt': 0.3, 'lora': 0.001}
 ADAFACTOR = {'multiply_by_parameter_scale': False, 'weight_decay_rate': 1e-5}
 
@@ -606,15 +612,30 @@ def rows(folder, pattern):
 
 @needs_t5x
 @pytest.mark.slow
-def test_lora_trains_and_evaluates_under_t5xs_mains(base, t5x_base, tmp_path):
+@pytest.mark.parametrize(
+  'name, collections',
+  [
+    ('lora', {'lora'}),
+    ('adapters_houlsby', {'adapters', 'norm_scales'}),
+    ('prefix', {'prefix'}),
+  ],
+)
+def test_a_method_trains_and_evaluates_under_t5xs_mains(
+  base, t5x_base, tmp_path, name, collections
+):
   last = base.step + 2
-  train(tmp_path, t5x_base, 't5x/methods/lora.gin', steps=last)
-  (found,) = prompts.load_trained(saved(tmp_path, last))
-  assert found.method == Lora() and len(found.arrays) == 32
+  file = f't5x/methods/{name}.gin'
+  train(tmp_path, t5x_base, file, steps=last)
+  found = prompts.load_trained(saved(tmp_path, last))
+  assert {one.method.collection for one in found} == collections
+  before = prompts.load_trained(saved(tmp_path, base.step))
+  for one, start in zip(found, before):
+    for path, array in one.arrays.items():
+      assert np.any(array != start.arrays[path]), path
   main(
     'eval',
     tmp_path,
-    't5x/methods/lora.gin',
+    file,
     't5x/runs/eval.gin',
     CHECKPOINT_PATH=str(tmp_path / 'run' / f'checkpoint_{last}'),
     EVAL_OUTPUT_DIR=str(tmp_path / 'eval'),
@@ -651,7 +672,6 @@ def test_the_commands_of_the_readme_run(base, tmp_path):
 
 # The gin files.
 
-CONFIGS = gin_files.configs_folder()
 GIN_FILES = sorted((CONFIGS / 't5x').rglob('*.gin'))
 
 
@@ -732,3 +752,91 @@ def test_a_choice_makes_a_model_that_starts(base, tmp_path, file, macros):
     assert any(path.startswith('ia3/') for path in params)
   else:
     assert 0 <= params[t5x.PROMPT].min() and params[t5x.PROMPT].max() < 0.5
+
+
+# What the gin files of methods leave to the user.
+LEFT_OPEN = {
+  'attempt': {'SOURCE_PROMPTS': ['source'], 'NUM_SOURCES': 1},
+  'multitask_prompt': {'MULTITASK_SOURCE': 'trained'},
+}
+SMALL = {
+  **{'NUM_EMBEDDINGS': 64, 'EMBED_DIM': 16, 'NUM_HEADS': 2, 'HEAD_DIM': 8},
+  **{'MLP_DIM': 24, 'NUM_ENCODER_LAYERS': 2, 'NUM_DECODER_LAYERS': 2},
+}
+
+
+def made_for(methods, tmp_path, monkeypatch):
+  """The files that LEFT_OPEN names."""
+  monkeypatch.chdir(tmp_path)
+  rng = np.random.default_rng(0)
+  prompts.save_prompt('source', rng.normal(size=(6, 16)).astype('f'), {})
+  one = MultitaskPrompt(Prompt(length=6, num_prompts=2))
+  params = {'token_embedder': {'embedding': jnp.zeros((64, 16))}}
+  arrays = one.init(jax.random.key(0), params, TaskText())
+  arrays = {name: np.asarray(array) for name, array in arrays.items()}
+  save_trained('trained', Trained(one, arrays))
+
+
+@needs_t5x
+@pytest.mark.parametrize(
+  'name', [file.stem for file in (CONFIGS / 't5x/methods').glob('*.gin')]
+)
+def test_each_method_of_a_file_is_under_t5x_what_it_is_here(
+  name, tmp_path, monkeypatch
+):
+  """Loss, gradient and beams, of a small T5 made by the file."""
+  made_for(name, tmp_path, monkeypatch)
+  theirs = t5x_model_of(
+    f't5x/models/{MINI}_prompt.gin',
+    f't5x/methods/{name}.gin',
+    PROMPT_LENGTH=6,
+    **SMALL,
+    **LEFT_OPEN.get(name, {}),
+  )
+  module = theirs.module
+  methods, config = module.methods, module.config
+  rng = np.random.default_rng(1)
+  params = module.init(jax.random.key(0))['params']
+  # Not as they start, when some do nothing.
+  params = jax.tree.map(
+    lambda x: x + 0.1 * rng.normal(size=x.shape).astype('f'), params
+  )
+  inputs = rng.integers(2, 64, (3, 5))
+  if tokens := setup.virtual_tokens_of(methods, config):
+    inputs = np.concatenate([np.repeat(tokens.ids()[None], 3, 0), inputs], 1)
+  targets = rng.integers(2, 64, (3, 4))
+  batch = {
+    'encoder_input_tokens': inputs,
+    'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+    'decoder_target_tokens': targets,
+    'decoder_loss_weights': np.ones_like(targets),
+  }
+  batch = {key: jnp.asarray(x, jnp.int32) for key, x in batch.items()}
+  loss = jax.value_and_grad(
+    lambda params: theirs.loss_fn(params, batch, dropout_rng=None)[0]
+  )
+  value, gradient = jax.jit(loss)(params)
+  ours = EncoderDecoderModel(config, methods=methods)
+  variables = module.variables(params)
+  frozen = {'params': variables.pop('params')}
+  loss = jax.value_and_grad(
+    lambda trained: ours.loss_fn({**frozen, **trained}, batch)[0]
+  )
+  expected, expected_gradient = jax.jit(loss)(variables)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  gradient = module.variables(gradient)
+  assert not any(np.any(x) for x in flat(gradient.pop('params')).values())
+  for path, array in flat(expected_gradient).items():
+    largest = np.abs(array).max()
+    assert largest > 0 or path == 'attempt/sources'
+    np.testing.assert_allclose(
+      flat(gradient)[path], array, rtol=0, atol=1e-5 * largest
+    )
+  ids, aux = jax.jit(
+    functools.partial(theirs.predict_batch_with_aux, num_decodes=2)
+  )(params, batch)
+  expected, scores = jax.jit(
+    functools.partial(ours.predict_batch_with_aux, num_decodes=2)
+  )({**frozen, **variables}, batch)
+  np.testing.assert_array_equal(ids, expected)
+  np.testing.assert_allclose(aux['scores'], scores['scores'], atol=1e-4)

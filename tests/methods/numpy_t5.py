@@ -44,22 +44,35 @@ def logits(
     norm_scales: {'encoder/encoder_norm/offset': [E], ...}.
   """
   t5 = _T5(params, config, lora, ia3, per_layer or {}, prefix or {})
-  t5.prompt = np.zeros((0, config.emb_dim)) if prompt is None else prompt
+  t5.prompt = t5.prompt if prompt is None else prompt
   t5.adapters, t5.activation = adapters or ({}, None)
   t5.offsets = norm_scales or {}
-  return t5.logits(inputs, targets)
+  return t5.logits(t5.states(inputs, targets))
+
+
+def logits_and_states(params, config, inputs, targets, prompt):
+  """As `logits` with a prompt, and what they are made of [L, E]."""
+  t5 = _T5(params, config)
+  t5.prompt = prompt
+  states = t5.states(inputs, targets)
+  return t5.logits(states), states
 
 
 class _T5:
-  def __init__(self, params, config, lora, ia3, rows, prefix):
+  def __init__(self, params, config, lora=None, ia3=None, rows=(), prefix=()):
     self.params = {k: np.asarray(v, np.float64) for k, v in params.items()}
     self.config = config
     self.lora, self.scale = lora or ({}, 0.0)
     self.ia3 = ia3 or {}
-    self.rows = {k: np.asarray(v, np.float64) for k, v in rows.items()}
-    self.prefix = {k: np.asarray(v, np.float64) for k, v in prefix.items()}
+    self.rows = {k: np.float64(v) for k, v in dict(rows).items()}
+    self.prefix = {k: np.float64(v) for k, v in dict(prefix).items()}
+    self.prompt = np.zeros((0, config.emb_dim))
+    self.adapters, self.activation, self.offsets = {}, None, {}
 
-  def logits(self, inputs, targets):
+  def logits(self, states):
+    return states @ self.params['decoder/logits_dense/kernel']
+
+  def states(self, inputs, targets):
     table = self.params['token_embedder/embedding']
     x = np.asarray(inputs)
     x = table[x] if x.ndim == 1 else x.astype(np.float64)
@@ -88,8 +101,7 @@ class _T5:
       y = self._norm(f'{at}/pre_cross_attention_layer_norm', x)
       x = x + self._attend(f'{at}/encoder_decoder_attention', y, encoded, 0.0)
       x = x + self._mlp(at, self._norm(f'{at}/pre_mlp_layer_norm', x))
-    x = self._norm('decoder/decoder_norm', x[len(front) :])
-    return x @ self.params['decoder/logits_dense/kernel']
+    return self._norm('decoder/decoder_norm', x[len(front) :])
 
   def _front(self, stack, layer):
     nothing = np.zeros((0, self.config.emb_dim))

@@ -292,10 +292,15 @@ def test_shapes_are_known_without_weights(name):
 def test_t5x_has_a_place_for_every_array(name):
   """And gives them back as the network's collections."""
   method = (METHODS | COMPUTED)[name]
-  if name in ('dept', 'adept'):
+  of_two_rates = {
+    'dept': 'update_rate',
+    'adept': 'update_rate',
+    'multitask_prompt': 'factor_rate',
+  }
+  if name in of_two_rates:
     with pytest.raises(UserError, match="T5X's optimiser has one learning rat"):
       jax.eval_shape(Network(CONFIG, (method,)).init, jax.random.key(0))
-    method = dataclasses.replace(method, update_rate=1.0)
+    method = dataclasses.replace(method, **{of_two_rates[name]: 1.0})
   vocabulary = ByteVocabulary()
   module = Network(CONFIG, (method,), vocabulary=vocabulary)
   made = jax.eval_shape(module.init, jax.random.key(0))

@@ -12,6 +12,7 @@ import pytest
 
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
+from prompt_tuning.interop.prompts import attempt_attention
 from prompt_tuning.interop.prompts import load_prompt
 from prompt_tuning.interop.prompts import load_trained
 from prompt_tuning.interop.prompts import save_prompt
@@ -235,6 +236,21 @@ def test_arrays_of_rate_0_are_kept_whatever_the_optimiser_does(
   for name in first:
     equal = (first[name] == last[name]).all()
     assert equal == (name == 'sources')
+  # Another run begins with what this one's attention is.
+  params = {'token_embedder': {'embedding': jnp.zeros((192, 16))}}
+  other = Attempt(
+    *(PROMPT, 3, uniform(), 4), attention=attempt_attention(tmp_path)
+  )
+  found = other.init(jax.random.key(0), params, TaskText())
+  for name in ('down', 'up', 'norm_scale', 'norm_bias'):
+    np.testing.assert_array_equal(found[name], last[name])
+  assert found['table'].shape == (1, 3, 16)
+  assert found['sources'].shape == (3, 3, 16)
+  with pytest.raises(
+    UserError, match=r'has down \[16, 4\], .* \[16, 5\]: bind'
+  ):
+    wider = dataclasses.replace(other, size=5)
+    wider.init(jax.random.key(0), params, TaskText())
 
 
 def test_a_tied_prompt_goes_to_its_text_as_its_weight_grows(
@@ -284,6 +300,30 @@ def test_the_penalty_counts_once_however_a_batch_is_divided(
   assert float(method.penalty(arrays, {})) == pytest.approx(by_hand)
 
 
+def test_trained_prompts_teach_however_a_batch_is_divided(
+  tmp_path, tiny_vocabulary
+):
+  rng = np.random.default_rng(0)
+  paths = [tmp_path / 'a', tmp_path / 'b']
+  for path in paths:
+    save_prompt(path, rng.normal(size=(3, 16)).astype('f'), {})
+  method = MultitaskPrompt(TWO, teachers=source_prompts(paths))
+  settings = {'optimizer': optax.sgd, 'learning_rate': 0.02}
+  found = []
+  for parts in (1, 2):
+    folder = tmp_path / str(parts)
+    run(folder, method, 2, tiny_vocabulary, microbatches=parts, **settings)
+    (trained,) = load_trained(folder / 'multitask_prompt')
+    assert set(trained.arrays) == {'shared', 'columns', 'rows'}
+    found.append((lines_of(folder), trained.arrays))
+  (lines, arrays), (in_parts, others) = found
+  for one, other in zip(lines, in_parts):
+    assert one['penalty'] > 0.01
+    assert one['penalty'] == pytest.approx(other['penalty'], rel=1e-5)
+  for name, array in arrays.items():
+    np.testing.assert_allclose(array, others[name], atol=1e-6)
+
+
 def test_a_text_of_another_length_is_told(tiny_vocabulary):
   params = {'token_embedder': {'embedding': jnp.zeros((192, 16))}}
   encode = load_vocabulary(tiny_vocabulary).encode
@@ -311,6 +351,15 @@ def test_sources_are_files_of_prompts(tmp_path):
     start(3)
   with pytest.raises(UserError, match=r'has shape \[1, 3, 16\], \[1, 4, 16\]'):
     start(2, length=4)
+
+
+def test_the_attention_of_attempt_has_a_rate_of_its_own(tmp_path):
+  method = Attempt(PROMPT, attention_rate=0.1, learning_rate_scale=2.0)
+  rates = {'table': 2.0, 'sources': 0.0, 'down': 0.2, 'norm_bias': 0.2}
+  assert {name: method.rate(name) for name in rates} == rates
+  save_prompt(tmp_path, np.ones((3, 16), np.float32), {})
+  with pytest.raises(UserError, match='holds prompt, attempt is required'):
+    attempt_attention(tmp_path)
 
 
 def test_packed_examples_are_refused_by_attempt():

@@ -17,6 +17,7 @@ from prompt_tuning.models import losses
 from prompt_tuning.models import network
 from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
+from prompt_tuning.models.model import Outputs
 
 PLAIN = ['v11_2x2', 'v10_tied_relu', 'v11_3x2', 'v11_long', 'packed_v11_2x2']
 PROMPTED = ['v11_2x2_p5', 'v11_3x2_p5', 'v11_long_p20']
@@ -62,8 +63,9 @@ def methods_of(variables):
 class Given(EncoderDecoderModel):
   """Gets logits for variables: what comes after the network, without it."""
 
-  def logits(self, variables, batch, dropout_rng=None):
-    return variables['given']['logits']
+  def outputs(self, variables, batch, dropout_rng=None):
+    logits = variables['given']['logits']
+    return Outputs(logits, jnp.zeros_like(logits))
 
 
 @functools.cache
