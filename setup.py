@@ -77,6 +77,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'test': [
       'pytest>=8',
+      'pytest-xdist>=3.6',
       'beartype>=0.18',
       'hypothesis>=6',
       'ruff>=0.6',

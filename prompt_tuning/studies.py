@@ -160,11 +160,13 @@ def _name(word: str) -> str:
   return word.partition('=')[0].removeprefix('--gin.')
 
 
-# Parameters that do not decide what a run is: where and how often it writes.
-# Nor does it matter on which devices it runs.
+# Parameters that do not decide what a run is: where it reads and writes, how
+# often it does, and on which devices.
 _NO_MATTER = (
   *('model_dir', 'output_dir', 'overwrite', 'progress', 'partitioner'),
   *('log_period', 'checkpoint_period', 'keep_checkpoints'),
+  # Where data lie; what they are, a run's digest of them says.
+  *('local_data_dir', 'tfds_data_dir', 'cache_dirs'),
 )
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 

@@ -13,8 +13,10 @@ to the loss is added
 
 where p are the softmax of logits over a temperature, and H hidden states. Of
 those the paper names no layer: here they are the decoder's last, behind its
-norm, and their squared distance is a mean over E. Each token's divergence and
-distance are weighed as its loss is.
+norm, and their squared distance is a mean over E. The divergence is not
+multiplied by the temperature's square, as Hinton et al. 2015 do to keep its
+gradient's size: at another temperature than 1, `distillation` has to make up
+for it. Each token's divergence and distance are weighed as its loss is.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -192,7 +192,8 @@ class EncoderDecoderModel:
     Returns:
       The loss and {'loss', 'z_loss', 'weights': as they enter the loss;
       'cross_entropy', 'correct', 'tokens': sums over tokens of weight > 0}, and
-      with penalties 'penalty': theirs, which is not in 'loss'.
+      with penalties, where a method has any, 'penalty': theirs, which is not
+      in 'loss'.
     """
     batch = _on_device(batch)
     if token_weights is None:
@@ -219,14 +220,16 @@ class EncoderDecoderModel:
     }
     if not penalties:
       return loss, sums
-    of_tokens = self._token_penalty(variables, batch, outputs)
-    penalty = jnp.sum(of_tokens * token_weights)
+    of_tokens = self._token_penalties(variables, batch, outputs)
+    if not of_tokens:
+      return loss, sums
+    penalty = jnp.sum(sum(of_tokens) * token_weights)
     return loss + penalty, {**sums, 'penalty': penalty}
 
-  def _token_penalty(
+  def _token_penalties(
     self, variables: Variables, batch: Batch, outputs: Outputs
-  ) -> Float[Array, 'B L']:
-    """What methods add to each token's loss."""
+  ) -> list[Float[Array, 'B L']]:
+    """What each method that does so adds to each token's loss."""
 
     def alone(method, arrays):
       params = variables[parameters.PARAMS]
@@ -234,11 +237,11 @@ class EncoderDecoderModel:
       model = dataclasses.replace(self, methods=(method,))
       return model.outputs(jax.lax.stop_gradient(given), batch)
 
-    total = jnp.zeros(outputs.logits.shape[:2], jnp.float32)
-    for method in self.methods:
-      if (penalty := method.token_penalty()) is not None:
-        total += penalty(variables[method.collection], outputs, alone)
-    return total
+    return [
+      penalty(variables[method.collection], outputs, alone)
+      for method in self.methods
+      if (penalty := method.token_penalty()) is not None
+    ]
 
   def score_batch(
     self, variables: Variables, batch: Batch

@@ -115,7 +115,6 @@ def figure(
       plot.set(xlabel=x, title=name or '')
       plot.grid(alpha=0.3)
     plots[0].set(ylabel=metric)
-    plots[-1].legend(fontsize='small')
     text = f'{of(metric, evaluation)}; bars: standard deviation over runs.'
     if reference is not None:
       source, figures = published_lib.figures(reference)
@@ -130,7 +129,9 @@ def figure(
             alpha=0.5,
             label=f'{label}, published',
           )
-      plots[-1].legend(fontsize='small')
+    handles, said = plots[0].get_legend_handles_labels()
+    if handles:  # something is done
+      plots[-1].legend(handles, said, fontsize='small')
     return Section(title or f'{metric} over {x}', text, figure=drawn)
 
   return view

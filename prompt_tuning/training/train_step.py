@@ -70,7 +70,7 @@ def update(
   trainable = _refreshed(model, frozen, trainable)
   metrics = {
     **sums,
-    'penalty': sums['penalty'] + penalty,
+    'penalty': sums.get('penalty', 0.0) + penalty,
     'gradient_norm': optax.tree.norm(grads),
     'update_norm': optax.tree.norm(updates),
     'trained_norm': optax.tree.norm(_trained(model, trainable)),

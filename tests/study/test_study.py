@@ -408,7 +408,8 @@ def test_runs_made_elsewhere_count_if_their_settings_are_the_cells(
   for name, rate in (('a', '0.3'), ('b', '0.1')):
     write_run(hand / name, 50.0)
     more = ['TRAIN_STEPS_RELATIVE=2', f'LEARNING_RATE={rate}', 'MODEL_DIR=x']
-    request, _ = cli.parse([*words, *more, 'train.log_period=7'])
+    more += ['train.log_period=7', 'LOCAL_DATA_DIR=elsewhere']
+    request, _ = cli.parse([*words, *more])
     configuration.configure('train', request)
     (hand / name / 'config.gin').write_text(configuration.resolved_config())
     gin.clear_config()
