@@ -108,7 +108,8 @@ def study(
       )
   one = _Study(
     pathlib.Path(files.place(study_dir)),
-    [grid.only(only or {}) for grid in grids],
+    grids,
+    only or {},
     {**(evaluations or {})},
     metric,
     words,
@@ -187,19 +188,21 @@ class _Study:
     self,
     folder: pathlib.Path,
     grids: Sequence[Grid],
+    only: Mapping[str, str | Sequence[str]],
     evaluations: Mapping[str, str],
     metric: str,
     words: str,
     commands: Commands | None,
   ):
     self.folder = folder
-    self._grids = grids
+    self._whole_grids = grids
+    self._grids = [grid.only(only) for grid in grids]
     self._evaluations = evaluations
     self._metric = metric
     self._words = shlex.split(words)
     self._commands = commands
     self._settings: dict[str, Mapping[str, Any]] = {}
-    self._given = {*self._words}
+    self._grid_words: set[str] = set()
     self._used: dict[str, list[str]] = {}
     self._first: dict[str, str] = {}  # cell of those settings
     self._homes: dict[str, pathlib.Path] = {}
@@ -218,13 +221,27 @@ class _Study:
             f'two cells of the study are called {cell.name}: give their grids'
             ' other labels'
           )
-    used = {word for words in self._used.values() for word in words}
-    for word in sorted(self._given):
-      if self._commands is not None and word not in used:
-        raise UserError(f'{word} is of no use to any command of the study')
+    self._require_use()
     for cell in found.values():
       self._place(cell)
     return list(found.values())
+
+  def _require_use(self) -> None:
+    """UserError where no cell has a use for a word."""
+    if self._commands is None:
+      return
+
+    def unused(words: Iterable[str]) -> set[str]:
+      return {*words}.difference(*self._used.values())
+
+    useless = unused(self._words)
+    if unused(self._grid_words):  # A cell that `only` leaves out may use it.
+      for grid in self._whole_grids:
+        for cell in grid.cells(lambda name: name, lambda cell: None):
+          self._with_words(cell)
+      useless |= unused(self._grid_words)
+    for word in sorted(useless):
+      raise UserError(f'{word} is of no use to any command of the study')
 
   def _with_words(self, cell: Cell) -> Cell:
     """It with all words that it has a use for, the command line's last."""
@@ -238,7 +255,7 @@ class _Study:
       words = [word for word in cell.common if '=' in word]
       bare = dataclasses.replace(cell, common=tuple(files))
       arguments = bare.arguments(str(self.folder / cell.name))
-      self._given |= {*words}
+      self._grid_words |= {*words}
       self._used[cell.name] = self._commands.using(
         arguments, [*words, *self._words]
       )

@@ -373,6 +373,19 @@ def test_commands_are_listed_and_words_go_where_they_are_of_use(
   assert lines[2].endswith(f'EVAL_OUTPUT_DIR={tmp_path}/study/design.0')
 
 
+def test_words_of_cells_that_are_left_out_are_no_fault(gin_study, capsys):
+  text = "--gin.Grid.words='models/t5_1_1_mini tasks/bbc_topics SHOTS=2'"
+  words = [gin_study, '--list', text, '--only=method:prompt']
+  assert cli.main(['study', *words]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 2 and not any('SHOTS' in line for line in lines)
+  assert cli.main(['study', *words, 'SHOTS=3']) == 1
+  assert 'SHOTS=3 is of no use' in capsys.readouterr().err
+  words[1:3] = ['--list', text.replace('SHOTS', 'SHOT')]
+  assert cli.main(['study', *words]) == 1
+  assert 'SHOT=2 is of no use' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ('words', 'message'),
   [
