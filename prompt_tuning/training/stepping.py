@@ -147,20 +147,26 @@ def prefetched(
   Returns:
     The batches, and the shapes of their slices; None: they are whole.
   """
-  batches = data.batches(
-    virtual_tokens=virtual_tokens,
-    seed=record.seed,
-    start=record.position,
-    rows=layout.rows(data.batch_size),
-    num_shards=record.data_shards,
-  )
+
+  def batches_of(rows):
+    return data.batches(
+      virtual_tokens=virtual_tokens,
+      seed=record.seed,
+      start=record.position,
+      rows=rows,
+      num_shards=record.data_shards,
+    )
+
   rows = model.config.vocab_size
   if virtual_tokens is not None:
     rows += virtual_tokens.num_prompts * virtual_tokens.length
-  shapes = None
-  if row_lengths != () and jax.process_count() == 1:
+  batches = shapes = None
+  if row_lengths != ():
+    # Slices are cut out of the whole batch, so every process reads all of it.
     how = (layout, data.batch_size, microbatches, parts, row_lengths)
-    batches, shapes = sliced(batches, record, *how)
+    batches, shapes = sliced(batches_of(None), record, *how)
+  if batches is None or shapes is None and jax.process_count() > 1:
+    batches = batches_of(layout.rows(data.batch_size))
   place = functools.partial(
     batches_lib.placed,
     layout=layout,
@@ -176,10 +182,7 @@ def padding(shapes: slices.Shapes | None, parts: int) -> str:
   """How the run's rows are padded, in a line."""
   if shapes is not None:
     return str(shapes)
-  said = 'rows are padded to their full length'
-  if jax.process_count() > 1:
-    said += ', as those of several processes are'
-  return f'{said}, in {parts} microbatch(es)'
+  return f'rows are padded to their full length, in {parts} microbatch(es)'
 
 
 # Rows, and batches at most, that are looked at before shapes are chosen.

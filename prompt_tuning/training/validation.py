@@ -36,17 +36,14 @@ class Validation:
       virtual_tokens=virtual_tokens,
       seed=0,
       start=0,
-      rows=layout.rows(data.batch_size),
+      rows=None,
       num_shards=data.num_shards or 1,
     )
-    batches = itertools.islice(batches, num_batches)
-    if jax.process_count() == 1:
-      batches = _sliced(list(batches), layout, data.batch_size)
-      self._batches = [layout.shard_batch(batch) for batch in batches]
-    else:  # each has rows of its own
-      self._batches = [
-        layout.shard_batch(batch, data.batch_size) for batch in batches
-      ]
+    batches = list(itertools.islice(batches, num_batches))
+    self._batches = [
+      layout.shard_batch(batch)
+      for batch in _sliced(batches, layout, data.batch_size)
+    ]
     self._sums = layout.jit(
       lambda variables, batch: model.loss_fn(variables, batch)[1],
       out_shardings=layout.replicated,

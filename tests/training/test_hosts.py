@@ -47,8 +47,8 @@ train.data = @TaskData()
 TaskData.task = @Task()
 Task.name = @classification_task()
 Task.vocabulary = 'tiny.model'
-Task.feature_lengths = {'inputs': 8, 'targets': 8}
-TaskData.batch_size = 8
+Task.feature_lengths = {'inputs': 40, 'targets': 8}
+TaskData.batch_size = 16
 train.evaluation = @Evaluation()
 Evaluation.task = @Task()
 Evaluation.batch_size = 4
@@ -76,7 +76,7 @@ def folder(tmp_path_factory, tiny_vocabulary):
   for name, count in (('train', 21), ('dev', 5)):
     rows = [
       {
-        'text': ' '.join(words[(i * k + k) % 10] for k in range(1, 5)),
+        'text': ' '.join(words[(i * k + k) % 10] for k in range(1, 5 + i % 15)),
         'label': ('bad', 'good')[i % 2],
       }
       for i in range(count)
@@ -171,6 +171,10 @@ def test_one_process_writes_prompts_metrics_and_results(whole):
   assert json.loads(result)['step'] == 40 + STEPS
   assert '8 device(s), 2 process(es)' in said
   assert 'mesh data 8 x fsdp 1 x model 1' in said
+  # Each reads every row and cuts the same slices out of the batch.
+  assert re.search(
+    r'rows are padded to \d+.* or 43 tokens, .* slices of 8', said
+  )
   assert '{' not in nothing and 'step' not in unsaid
   assert list(losses(folder)) == list(range(41, 41 + STEPS))
   # Five examples by two batches of four: nothing of what fills the last one.
@@ -198,6 +202,8 @@ def test_the_number_of_processes_and_devices_changes_rounding_alone(
   if 'model 2' in mesh:
     bindings.append('--gin.Partitioner.num_partitions=2')
     bindings.append('--gin.train.partitioner=@Partitioner()')
+  elif devices == 1:  # without slices
+    bindings.append('--gin.train.row_lengths=()')
   outputs = finish(start(folder, name, processes, devices, *bindings))
   assert f'mesh {mesh}' in outputs[0][1]
   # Sums over examples, or over heads, in another order: some 1e-7 of a float32
