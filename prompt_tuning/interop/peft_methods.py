@@ -28,16 +28,30 @@ from prompt_tuning.training import tensor_files
 from prompt_tuning.training.trained import Trained
 
 _PREFIX = 'base_model.model.'
-# Settings that change what a method is, and the values that do not.
-_PLAIN = {
+# Settings that change nothing of what an adapter computes, or that are read
+# below: those of PEFT 0.21.2. Any other that is set is refused, later ones too.
+_KNOWN = frozenset(
+  'auto_mapping base_model_name_or_path revision peft_type peft_version'
+  ' task_type inference_mode'
+  # LoRA and IA3: where they act, the arrays say.
+  ' r lora_alpha lora_dropout use_rslora fan_in_fan_out target_modules'
+  ' exclude_modules feedforward_modules layers_to_transform layers_pattern'
+  ' init_ia3_weights megatron_config megatron_core runtime_config'
+  ' ephemeral_gpu_offload loftq_config eva_config qalora_group_size'
+  ' velora_config ensure_weight_tying'
+  # Prompts and prefixes: how they began or were made.
+  ' num_virtual_tokens token_dim num_transformer_submodules num_layers'
+  ' num_attention_heads prompt_tuning_init prompt_tuning_init_text'
+  ' prompt_tuning_init_state_dict_path prompt_tuning_init_task num_ranks'
+  ' num_tasks tokenizer_name_or_path tokenizer_kwargs init_weights'
+  ' encoder_reparameterization_type encoder_hidden_size encoder_num_layers'
+  ' encoder_dropout prefix_projection'.split()
+)
+# Those of which some values are harmless. Other starts of LoRA (pissa, corda,
+# olora, loftq, lora_ga) take what they start with off the base's own weights.
+_HARMLESS = {
   'bias': ('none',),
-  'use_dora': (False,),
-  'rank_pattern': ({},),
-  'alpha_pattern': ({},),
-  'modules_to_save': ([],),
-  'target_parameters': ([],),
-  'trainable_token_indices': ([], {}),
-  'lora_bias': (False,),
+  'init_lora_weights': (True, 'gaussian', 'orthogonal', 'eva', 'mica'),
 }
 
 
@@ -64,8 +78,8 @@ def load(folder: str | os.PathLike) -> Trained:
     raise UserError(
       f'{folder} is a PEFT adapter of type {kind}; read are {", ".join(_KINDS)}'
     )
-  for name, allowed in _PLAIN.items():
-    if (value := config.get(name)) not in (None, *allowed):
+  for name, value in sorted(config.items()):
+    if value and name not in _KNOWN and value not in _HARMLESS.get(name, ()):
       raise UserError(
         f'{folder} has {name} {value!r}, which {kind} here does not know:'
         ' merge the adapter into its model with PEFT'

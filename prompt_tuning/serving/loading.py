@@ -196,7 +196,12 @@ def _in_form(
     got = tuple(found[path].shape) if path in found else None
     if got == spec.shape:
       continue
-    if got is None or len(got) != len(spec.shape):
+    if got is None:
+      raise UserError(
+        f'the {name} has no {path}: it is of another model, or acts on some'
+        ' layers alone, which a method here does not (merge it into its model)'
+      )
+    if len(got) != len(spec.shape):
       fault = f'{path} of shape {got}, the model needs {list(spec.shape)}'
     else:
       axis = next(i for i, (a, b) in enumerate(zip(got, spec.shape)) if a != b)

@@ -1,5 +1,6 @@
 """PEFT adapters, serving tables, and conversion between formats."""
 
+import dataclasses
 import json
 
 from hypothesis import given
@@ -561,6 +562,9 @@ def test_lora_of_ranks_square_root_is_scaled_alike(tmp_path):
     ({'use_dora': True}, 'has use_dora True'),
     ({'bias': 'all'}, "has bias 'all'"),
     ({'rank_pattern': {'q': 4}}, "has rank_pattern {'q': 4}"),
+    ({'init_lora_weights': 'pissa_niter_4'}, 'has init_lora_weights'),
+    ({'alora_invocation_tokens': [3, 4]}, 'has alora_invocation_tokens [3, 4]'),
+    ({'of_a_later_peft': {'scale': 2}}, 'has of_a_later_peft'),
     ({'r': None}, 'cannot read'),
   ],
 )
@@ -571,6 +575,22 @@ def test_what_lora_here_is_not_is_refused(tmp_path, change, message):
   with pytest.raises(UserError) as fault:
     load_trained(tmp_path / 'peft')
   assert message in str(fault.value) and '\n' not in str(fault.value)
+
+
+def test_settings_that_change_no_number_are_no_fault(tmp_path):
+  save_method(tmp_path / 'ours', LORA)
+  peft_of(tmp_path, tmp_path / 'ours')
+  adapter(
+    tmp_path / 'peft',
+    init_lora_weights='gaussian',
+    lora_dropout=0.1,
+    megatron_core='megatron.core',
+    qalora_group_size=16,
+    runtime_config={'ephemeral_gpu_offload': False},
+    of_a_later_peft=None,
+  )
+  method = load_trained(tmp_path / 'peft')[0].method
+  assert dataclasses.replace(method, targets=LORA.targets) == LORA
 
 
 def test_a_computed_prompt_is_a_plain_one_for_others(tmp_path, capsys):
