@@ -108,7 +108,10 @@ def _joined(
 
 
 def check_truncation(
-  task: 'seqio.Task | seqio.Mixture', split: str, limits: Mapping[str, int]
+  task: 'seqio.Task | seqio.Mixture',
+  split: str,
+  limits: Mapping[str, int],
+  target_sentinel: bool = False,
 ) -> dict[str, Int[np.ndarray, 'N']]:
   """Warns of texts that are cut, refuses to cut labels.
 
@@ -118,6 +121,7 @@ def check_truncation(
     task: of text to text.
     split: tasks without it are left out.
     limits: TASK_FEATURE_LENGTHS.
+    target_sentinel: one stands in front of the targets.
 
   Returns:
     The lengths that it saw, uncut; none of a task that cuts by itself.
@@ -131,12 +135,13 @@ def check_truncation(
     words = task_lib.class_labels(part) or ()
     rows = label_pieces(vocabulary, words, f'task {part.name}') if words else ()
     for word, row in zip(words, rows):
-      needed = len(row) + 1
+      needed = len(row) + 1 + target_sentinel
       if needed > limits['targets']:
         raise UserError(
           f'the label {word!r} of task {part.name} has {needed} tokens with'
-          f' EOS, TASK_FEATURE_LENGTHS allows {limits["targets"]} for targets;'
-          ' give more'
+          f' EOS{" and sentinel" if target_sentinel else ""},'
+          f' TASK_FEATURE_LENGTHS allows {limits["targets"]} for targets; give'
+          ' more'
         )
     found = measure(part, split, SAMPLE)
     seen.append(found)

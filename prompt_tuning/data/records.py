@@ -115,6 +115,7 @@ def _table(
     (line.rstrip('\r\n') + '\n' for line in lines),
     delimiter=DELIMITERS[f'.{kind}'],
     quoting=csv.QUOTE_MINIMAL if kind == 'csv' else csv.QUOTE_NONE,
+    strict=True,  # A quote that nobody closes would take the rest of the file.
   )
   try:
     if columns is None:

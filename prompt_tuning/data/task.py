@@ -69,7 +69,8 @@ class Task:
       {task name: index}; None gives all of them prompt 0, or that of their own
       feature `prompt_index`.
     demonstrations: training examples that stand in front of every input; each
-      task of a mixture has its own.
+      task of a mixture has its own. They come on top of the length of the
+      inputs (see `lengths`).
     text_prompt: put in front of each example's inputs, with a space, before
       they are read as pieces: a prompt in words, in demonstrations too. It
       takes room of the length of the inputs.
@@ -169,6 +170,7 @@ class Task:
     facts: dict[str, object] = {'labels': self.class_labels()}
     facts['template'] = self.template()
     facts['target_sentinel'] = self.target_sentinel or None
+    facts['prompt_indices'] = self.prompt_indices and dict(self.prompt_indices)
     return {name: fact for name, fact in facts.items() if fact is not None}
 
   def template(self) -> str | None:
@@ -189,10 +191,31 @@ class Task:
     if name not in self._demonstrated:
       plain = dataclasses.replace(self, demonstrations=None).seqio()
       (part,) = (p for p in seqio.get_subtasks(plain) if p.name == name)
+      if 'train' not in part.splits:  # the one that trains for it has its form
+        part = trained_beside(part, seqio.get_subtasks(plain)) or part
       with checking.reading(part, 'train'):
         pairs = demonstrations_lib.texts(part)
       self._demonstrated[name] = self.demonstrations.prefix(pairs)
     return self._demonstrated[name] + words
+
+  def lengths(self) -> dict[str, int]:
+    """`feature_lengths`, with room for demonstrations where there are any.
+
+    An input is so cut no earlier than without them.
+    """
+    lengths = dict(self.feature_lengths)
+    if self.demonstrations is not None:
+      import seqio
+
+      lengths['inputs'] += max(
+        len(
+          part.output_features['inputs'].vocabulary.encode(
+            self.prefix(part.name)
+          )
+        )
+        for part in seqio.get_subtasks(self.seqio())
+      )
+    return lengths
 
   @functools.cached_property
   def _demonstrated(self) -> dict[str, str]:
@@ -366,6 +389,32 @@ class Task:
       example = checking.first_example(part, split, self.feature_lengths)
       checking.require_vocabulary_of_cache(part, example)
     return task
+
+
+def trained_beside(
+  task: 'seqio.Task', others: Sequence['seqio.Task']
+) -> 'seqio.Task | None':
+  """The one of others that trains on the TFDS data set of a task without.
+
+  WSC and MNLI are trained by one task and evaluated by others.
+  """
+  own = _data_set(task)
+  for one in others:
+    if 'train' in one.splits and (theirs := _data_set(one)):
+      if own == theirs or own.startswith(f'{theirs}_'):
+        return one
+  return None
+
+
+def _data_set(task: 'seqio.Task') -> str:
+  """Of TFDS, as the task was registered; '' where it is of another kind."""
+  import seqio
+
+  if task.name in seqio.TaskRegistry.names():  # it may read local files now
+    task = seqio.TaskRegistry.get(task.name)
+  if not isinstance(task.source, seqio.TfdsDataSource):
+    return ''
+  return task.source.tfds_dataset.name.partition(':')[0]
 
 
 def import_seqio() -> None:

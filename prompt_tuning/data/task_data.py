@@ -114,7 +114,9 @@ class TaskData:
       virtual_tokens,
       self.shuffle,
     )
-    sample = lengths_lib.check_truncation(task, self.split, lengths)
+    sample = lengths_lib.check_truncation(
+      task, self.split, lengths, self.task.target_sentinel
+    )
     targets_length = self._targets_length(sample, virtual_tokens)
     options = {
       'sequence_length': dict(lengths),

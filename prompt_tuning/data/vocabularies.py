@@ -29,6 +29,9 @@ _MODEL_FILE = 'spiece.model'
 BYTES = 'byt5'
 
 
+_FIRST_SENTINEL = '▁<extra_id_0>'
+
+
 def _sentinel_piece(number: int) -> bytes:
   """A serialised `pieces` entry of SentencePiece's ModelProto.
 
@@ -69,11 +72,15 @@ class Vocabulary:
       ) from None
     self.digest = hashlib.sha256(serialised).hexdigest()
     # Concatenated protocol buffers merge: the sentinels follow the pieces. In
-    # descending order, so that <extra_id_0> gets the last id, as in T5.
-    serialised += b''.join(map(_sentinel_piece, reversed(range(extra_ids))))
+    # descending order, so that <extra_id_0> gets the last id, as in T5. mT5's
+    # model has its own there.
+    with_sentinels = serialised + b''.join(
+      map(_sentinel_piece, reversed(range(extra_ids)))
+    )
+    self._has_sentinels = _FIRST_SENTINEL.encode() in serialised
     try:
       self._processor = sentencepiece.SentencePieceProcessor(
-        model_proto=serialised
+        model_proto=serialised if self._has_sentinels else with_sentinels
       )
       self.size = self._processor.GetPieceSize()
     except (RuntimeError, OSError):
@@ -141,7 +148,8 @@ class Vocabulary:
     import seqio
 
     if self._seqio is None:  # its model is read once for all tasks
-      self._seqio = seqio.SentencePieceVocabulary(self.path, self.extra_ids)
+      added = 0 if self._has_sentinels else self.extra_ids
+      self._seqio = seqio.SentencePieceVocabulary(self.path, added)
     return self._seqio
 
 
@@ -256,7 +264,8 @@ def load_vocabulary(
     path: a SentencePiece model; a folder that holds a spiece.model, or a
       Hugging Face ByT5; the name of a bundled vocabulary, such as
       't5_1_1_mini'; or 'byt5' for bytes.
-    extra_ids: number of sentinels to add (T5 and mT5: 100).
+    extra_ids: number of sentinels (T5 and mT5: 100), which are added where the
+      model does not end with its own, as mT5's does.
   """
   if path == BYTES:
     return ByteVocabulary()

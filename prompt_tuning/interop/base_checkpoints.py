@@ -7,6 +7,7 @@ float32 or bfloat16 and say in their metadata to which step they were trained.
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import json
 import os
 import pathlib
 from typing import Any
@@ -20,8 +21,10 @@ from prompt_tuning.methods.model_tuning import ModelTuning
 from prompt_tuning.models import parameters
 from prompt_tuning.training import tensor_files
 from prompt_tuning.training import trained as trained_lib
+from prompt_tuning.training.base import STATED
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import UnknownStepError
+from prompt_tuning.training.base import read_stated
 
 SAFETENSORS = 'model.safetensors'
 
@@ -126,6 +129,7 @@ def save_base(
   step: int,
   metadata: Mapping[str, Any] | None = None,
   dtype: Any = None,
+  stated: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Writes parameters as one safetensors file.
 
@@ -135,6 +139,7 @@ def save_base(
     step: to which they were trained; runs on them count from there.
     metadata: further facts, written as text; None is left out.
     dtype: 'float32' or 'bfloat16' (rounded to nearest even); None: as is.
+    stated: what shapes do not tell (see `BaseCheckpoint`).
 
   Returns:
     The file.
@@ -143,6 +148,8 @@ def save_base(
     UserError: if it cannot be written.
   """
   facts = {**(metadata or {}), 'step': int(step)}
+  if stated:
+    facts[STATED] = json.dumps(dict(stated))
   model = trained_lib.Trained(ModelTuning(), parameters.flatten(params), facts)
   return trained_lib.save_trained(path, model, dtype)[0]
 
@@ -158,4 +165,5 @@ def _open_safetensors(
     if not saved.isdigit():
       raise UnknownStepError(str(file))
     step = int(saved)
-  return BaseCheckpoint(name, step, arrays, metadata)
+  stated = read_stated(metadata.get(STATED))
+  return BaseCheckpoint(name, step, arrays, metadata, stated)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import logging
 import math
 import os
 import pathlib
@@ -12,6 +13,7 @@ from etils import epath
 import numpy as np
 
 from prompt_tuning import files
+from prompt_tuning.data.vocabularies import ByteVocabulary
 from prompt_tuning.data.vocabularies import load_vocabulary
 from prompt_tuning.errors import UserError
 from prompt_tuning.interop import adapters
@@ -26,7 +28,10 @@ from prompt_tuning.methods import nearest_pieces
 from prompt_tuning.models import parameters
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import UnknownStepError
+from prompt_tuning.training.base import untold
 from prompt_tuning.training.trained import Trained
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -107,34 +112,49 @@ def convert(
   if prompt is not None:
     if to not in ('t5x', 'prompt_tokens'):
       raise UserError(f'{to} has no place for a prompt; convert it by itself')
-    rows = _rows(prompt, arrays['token_embedder/embedding'].shape[1])
+    rows = _rows(prompt, to, arrays['token_embedder/embedding'].shape[1])
   if to == 't5x':
+    if unsaid := untold(model.config()):
+      logger.warning(
+        'a T5X checkpoint does not say %s: bind it where this one is read',
+        ', '.join(f'T5Config.{k}={v!r}' for k, v in unsaid.items()),
+      )
     written = [t5x.write_checkpoint(output, arrays, model.step, rows, dtype)]
   elif to == 'safetensors':
     written = [
-      base_checkpoints.save_base(output, arrays, model.step, dtype=dtype)
+      base_checkpoints.save_base(
+        output, arrays, model.step, dtype=dtype, stated=untold(model.config())
+      )
     ]
   elif to == 'hugging_face':
-    file = load_vocabulary(vocabulary).path if vocabulary else None
+    words = load_vocabulary(vocabulary) if vocabulary else None
+    is_bytes = isinstance(words, ByteVocabulary)
     written = hugging_face_writing.save_model(
       output,
       arrays,
       model.step,
       dtype=dtype,
-      vocabulary_file=file,
+      vocabulary_file=None if words is None or is_bytes else words.path,
       stated=model.stated,
     )
+    if is_bytes:
+      written.append(hugging_face_writing.save_byte_tokenizer(output))
   else:
     if rows is None:
       raise UserError('prompt_tokens needs --prompt')
     if vocabulary is None:
       raise UserError("prompt_tokens needs --vocabulary, the model's")
+    words = load_vocabulary(vocabulary)
+    if isinstance(words, ByteVocabulary):
+      raise UserError(
+        'prompt_tokens adds pieces to a vocabulary; bytes have none'
+      )
     written = hugging_face_writing.save_with_prompt_tokens(
       output,
       arrays,
       model.step,
       rows,
-      load_vocabulary(vocabulary),
+      words,
       dtype=dtype,
       stated=model.stated,
     )
@@ -143,7 +163,7 @@ def convert(
 
 def _convert_prompt(sources, output, to, base) -> list[pathlib.Path]:
   if to == 'serving_table':
-    rows = [_rows(source) for source in sources]
+    rows = [_rows(source, to) for source in sources]
     return [adapters.save_serving_table(output, rows)]
   if to == 'numpy':
     return prompts.save_prompt(output, *prompts.load_prompt(sources[0]))
@@ -176,7 +196,7 @@ def _recycle(
     )
   models = [base_checkpoints.open_checkpoint(name) for name in (old_base, base)]
   wanted = facts.get('base_fingerprint')
-  if wanted not in (None, models[0].fingerprint()):
+  if not models[0].has_fingerprint(wanted):
     raise UserError(
       f'{source} was trained on another model than {old_base} (fingerprint'
       f' {wanted}): give --old_base'
@@ -201,9 +221,14 @@ def _recycle(
   return prompts.save_prompt(output, mapped, facts)
 
 
-def _rows(source: str, embed: int | None = None) -> np.ndarray:
-  """The rows [P, E] of a file with one prompt."""
-  table, _ = prompts.load_prompt(source)
+def _rows(source: str, to: str, embed: int | None = None) -> np.ndarray:
+  """The rows [P, E] of a file with one prompt, which is put before texts."""
+  table, facts = prompts.load_prompt(source)
+  if facts.get('placement', 'prefix') != 'prefix':
+    raise UserError(
+      f'{to} puts a prompt in front of the text, that of {source} stands as'
+      f' {facts["placement"]}'
+    )
   return adapters.one_prompt(table, source, embed)
 
 
@@ -236,7 +261,7 @@ def _folded(base: BaseCheckpoint, source: str) -> BaseCheckpoint:
 
 def _check_base(one: Trained, base: BaseCheckpoint, source: str) -> None:
   wanted = one.facts.get('base_fingerprint')
-  if wanted not in (None, base.fingerprint()):
+  if not base.has_fingerprint(wanted):
     raise UserError(
       f'the {one.method.collection} of {source} was trained on '
       f'{one.facts.get("base", "another base")} (fingerprint {wanted}), got '

@@ -118,6 +118,10 @@ def save_model(
   if len(shards) > 1:
     index = {'metadata': {}, 'weight_map': weight_map}
     written.append(write_json(folder / hugging_face.INDEX, index))
+  # Of a model that stood there, which readers would take for part of this one.
+  for file in (folder / hugging_face.INDEX, *folder.glob('model*.safetensors')):
+    if file not in written:
+      file.unlink(missing_ok=True)
   written.append(write_json(folder / hugging_face.CONFIG, config))
   if vocabulary_file is not None:
     file = folder / 'spiece.model'
@@ -132,6 +136,14 @@ def write_json(file: pathlib.Path, content: Any) -> pathlib.Path:
   with faults.writing(file.parent), files.replacing(file) as opened:
     opened.write(json.dumps(content, indent=2) + '\n')
   return file
+
+
+def save_byte_tokenizer(path: str | os.PathLike) -> pathlib.Path:
+  """Says beside a model that its vocabulary is ByT5's, which needs no file."""
+  tokens = {'pad_token': '<pad>', 'eos_token': '</s>', 'unk_token': '<unk>'}
+  tokenizer = {'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': 125, **tokens}
+  folder = pathlib.Path(files.place(path))
+  return write_json(folder / 'tokenizer_config.json', tokenizer)
 
 
 def save_with_prompt_tokens(

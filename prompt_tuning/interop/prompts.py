@@ -180,13 +180,21 @@ def _of_folder(path: epath.Path) -> tuple[Trained, ...]:
   if run := trained_lib.of_run(path):
     return tuple(run)
   names = methods_lib.by_collection()
-  for folder in (path, *(path / name for name in names)):
-    files = [folder / f'{name}{tensor_files.ENDING}' for name in names]
+  # Of an export all stand in one folder, of a run in one for each method.
+  for folders in ([path], [path / name for name in names]):
+    files = [
+      folder / f'{name}{tensor_files.ENDING}'
+      for folder in folders
+      for name in names
+    ]
     found = [file for file in files if file.is_file()]
     if found:
       read = [_of_safetensors(file) for file in found]
       here = {one.method.collection for one in read}
-      return tuple(one for one in read if not _stands_for(one, here))
+      read = [one for one in read if not _stands_for(one, here)]
+      return tuple(
+        sorted(read, key=lambda one: one.facts.get(trained_lib.ORDER, 0))
+      )
   if (path / NPY).is_file():
     return load_trained(path / NPY)
   raise UserError(

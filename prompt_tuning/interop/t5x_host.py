@@ -247,8 +247,10 @@ def save_trained(
     if jax.process_index() == 0:
       folder = epath.Path(model_dir) / NUMPY_FOLDER / f'checkpoint_{step}'
       folder.mkdir(parents=True, exist_ok=True)
-      for method in t5x_network.beside_t5(methods):
-        _write(folder, method, flat, facts)
+      beside = list(t5x_network.beside_t5(methods))
+      for number, method in enumerate(beside):
+        place = {trained_lib.ORDER: number} if len(beside) > 1 else {}
+        _write(folder, method, flat, facts | place)
     return state, infos
 
   return save
@@ -268,6 +270,7 @@ def _write(
     arrays[within] = _local(array).astype(np.float32)
     if path == t5x.PROMPT:
       arrays[within] = arrays[within].reshape(-1, *array.shape[-2:])
+  arrays = parameters.unrolled(arrays, trained_lib.layers_axis(method))
   trained = trained_lib.Trained(*method.plain(arrays), facts)
   prompt = trained.as_prompt() or trained
   if isinstance(prompt.method, Prompt):

@@ -34,6 +34,13 @@ class IA3(Method):
   inputs: Sequence[str] = ('wo',)
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
+    parameters.require_projections('IA3.outputs', self.outputs)
+    parameters.require_projections('IA3.inputs', self.inputs)
+    if both := {*self.outputs} & {*self.inputs}:
+      raise UserError(
+        f'IA3 scales the inputs or the outputs of a projection: {min(both)!r}'
+        ' is in both lists'
+      )
     arrays = {}
     for path, kernel in parameters.flatten(params).items():
       name, kind = path.split('/')[-2:]

@@ -41,6 +41,7 @@ class Lora(Method):
     return not {'key', 'value'}.isdisjoint(self.targets)
 
   def init(self, rng: jax.Array, params: Any, text: TaskText) -> dict:
+    parameters.require_projections('Lora.targets', self.targets)
     arrays = {}
     for path, kernel in sorted(parameters.flatten(params).items()):
       *place, name, kind = path.split('/')

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning.data.virtual_tokens import VirtualTokens
+from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import Interceptor
 from prompt_tuning.methods.method import Method
 from prompt_tuning.methods.method import TaskText
@@ -61,6 +62,11 @@ class PerLayerPrompt(Method):
     return VirtualTokens(config.vocab_size, self.length)
 
   def intercept(self, batch: Mapping[str, jax.Array]) -> Interceptor:
+    if 'encoder_segment_ids' in batch:
+      raise UserError(
+        "per_layer's rows stand right before the one example of a row: bind"
+        ' TaskData.pack = False'
+      )
     ids = batch['encoder_input_tokens']
 
     def act(next_fun, args, kwargs, context):

@@ -15,6 +15,8 @@ from typing import Any
 from flax import traverse_util
 import numpy as np
 
+from prompt_tuning.errors import UserError
+
 # The collection of T5's own parameters, as Flax and T5X call it, and the axis
 # that its scanned arrays have their layers on.
 PARAMS = 'params'
@@ -49,6 +51,16 @@ def logical_axes(path: str) -> tuple[str, ...] | None:
         axes = (*axes[:LAYERS_AXIS], 'layers', *axes[LAYERS_AXIS:])
       return axes
   return None
+
+
+def require_projections(who: str, names: Sequence[str]) -> None:
+  """UserError where a name is that of no projection of any T5."""
+  for name in names:
+    if logical_axes(f'{name}/kernel') is None:
+      raise UserError(
+        f'{who} has {name!r}; projections are query, key, value, out, wi, wi_0,'
+        ' wi_1, wo and logits_dense'
+      )
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

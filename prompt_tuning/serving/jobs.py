@@ -17,6 +17,7 @@ from etils import epath
 import jax
 
 from prompt_tuning import files
+from prompt_tuning.data import lengths as lengths_lib
 from prompt_tuning.data import vocabularies
 from prompt_tuning.data.records import format_of
 from prompt_tuning.data.records import looks_like_json
@@ -52,7 +53,7 @@ def infer(
   inputs_length: int | None = None,
   targets_length: int | None = None,
   batch_size: int = 32,
-  prompt_index: int = 0,
+  prompt_index: int | None = None,
   seed: int = 0,
   dtype: str | None = None,
   check_fingerprint: bool = True,
@@ -87,7 +88,8 @@ def infer(
       `trained` says it, else 512.
     targets_length: ids of a prediction; None likewise, else 32.
     batch_size: texts that run at once.
-    prompt_index: which prompt of the table.
+    prompt_index: which prompt of the table; None takes that of the training, as
+      far as `trained` says it, else 0.
     seed: of decoding, where it samples.
     dtype: of the frozen weights; None: see `loading.load`.
     check_fingerprint: refuse what was trained on another base or vocabulary.
@@ -120,6 +122,7 @@ def infer(
     'inputs_length': inputs_length,
     'targets_length': targets_length,
     'template': template,
+    'prompt_index': prompt_index,
   }
   settings = known | {k: v for k, v in asked.items() if v is not None}
   _tell_differences(known, settings, show)
@@ -168,7 +171,6 @@ def infer(
       loaded,
       words,
       batch_size=batch_size,
-      prompt_index=prompt_index,
       seed=seed,
       **settings,
     )
@@ -242,7 +244,12 @@ def _tell_differences(
 
 def _line(fields: Mapping[str, Any], made: Mapping[str, Any]) -> str:
   """A line of the output: the record's fields, then ours."""
-  theirs = {f'{k}_given' if k in made else k: v for k, v in fields.items()}
+  theirs = {}
+  for name, value in fields.items():
+    free = name
+    while free in made or free == 'cut' or (free != name and free in fields):
+      free += '_given'
+    theirs[free] = value
   return json.dumps({**theirs, **made}, ensure_ascii=False) + '\n'
 
 
@@ -300,7 +307,7 @@ def evaluate(
     base,
     trained,
     partitioner,
-    task.feature_lengths,
+    task.lengths(),
     evaluation.batch_size,
     dtype=dtype,
     check_fingerprint=check_fingerprint,
@@ -309,6 +316,9 @@ def evaluate(
   show.say('reading the data')
   evaluator = evaluation.build(
     loaded.model, loaded.virtual_tokens, output_dir, loaded.layout
+  )
+  lengths_lib.check_truncation(
+    task.seqio(), evaluation.split, evaluator.lengths, task.target_sentinel
   )
   if resolved_config is not None and hosts.is_primary():
     _write_config(folder / 'config.gin', resolved_config(), overwrite)

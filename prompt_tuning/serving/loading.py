@@ -125,7 +125,12 @@ _REMEMBERED = (
 def remembered(trained: Sequence[Trained]) -> dict[str, Any]:
   """Attributes of a `Predictor` as the training had them, if it says so."""
   facts = trained[0].facts if trained else {}
-  return {name: facts[name] for name in _REMEMBERED if facts.get(name)}
+  found = {name: facts[name] for name in _REMEMBERED if facts.get(name)}
+  # Several tasks of one table: which is for the caller to say.
+  indices = set((facts.get('prompt_indices') or {}).values())
+  if indices:
+    found['prompt_index'] = indices.pop() if len(indices) == 1 else None
+  return found
 
 
 def load_for_job(
@@ -167,10 +172,8 @@ def load_for_job(
 
 def _check_fingerprint(one: Trained, base: BaseCheckpoint) -> None:
   wanted = one.facts.get('base_fingerprint')
-  if not wanted:
-    return
-  found = base.fingerprint()
-  if found != wanted:
+  if not base.has_fingerprint(wanted):
+    found = base.fingerprint()
     raise UserError(
       f'the {one.method.collection} was trained on'
       f' {one.facts.get("base", "another base")} (fingerprint {wanted}), got'

@@ -53,7 +53,7 @@ class Predictor:
       texts are cut.
     targets_length: ids of a prediction, EOS included.
     batch_size: texts that run at once.
-    prompt_index: which prompt of a table of several.
+    prompt_index: which prompt of a table of several; None is refused.
     seed: of decoding, where it samples; what is drawn for a text depends on
       those beside it.
     template: makes the model's input; a plain text takes the place of its only
@@ -69,7 +69,7 @@ class Predictor:
   inputs_length: int = 512
   targets_length: int = 32
   batch_size: int = 32
-  prompt_index: int = 0
+  prompt_index: int | None = 0
   seed: int = 0
   template: str = '{text}'
   labels: Sequence[str] | None = None
@@ -85,6 +85,10 @@ class Predictor:
     for name in ('inputs_length', 'targets_length', 'batch_size'):
       if getattr(self, name) < 1:
         raise UserError(f'{name} must be 1 or more, got {getattr(self, name)}')
+    if self.prompt_index is None:
+      raise UserError(
+        'the prompts were trained for several tasks: say which by prompt_index'
+      )
     Template(self.template)  # its faults, now
 
   def input_of(self, text: Text, place: str = 'a text') -> str:

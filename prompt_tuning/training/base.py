@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import hashlib
+import json
 import logging
 import math
+import re
 from typing import Any
 
 import jax
@@ -93,6 +95,12 @@ class BaseCheckpoint:
     """As `fingerprint` of the loaded parameters, reading a few rows only."""
     return fingerprint(self.arrays)
 
+  def has_fingerprint(self, wanted: str | None) -> bool:
+    """Whether something may be of this base; None: it does not say."""
+    return wanted in (None, '', self.fingerprint()) or wanted == fingerprint(
+      self.arrays, of_each_kind=False
+    )
+
   def config(self) -> network.T5Config:
     """The network that these are parameters of, by their names and shapes.
 
@@ -136,7 +144,7 @@ class BaseCheckpoint:
     self._require_stated(config, _TOLD_BY_SHAPES)
     return dataclasses.replace(
       config,
-      **{k: self.stated[k] for k in _NOT_TOLD if k in self.stated},
+      **{k: self.stated[k] for k in NOT_TOLD if k in self.stated},
     )
 
   def _require_stated(
@@ -190,19 +198,44 @@ _TOLD_BY_SHAPES = (
   'num_decoder_layers',
   'num_buckets',
 )
-_NOT_TOLD = ('mlp_activations', 'max_distance')
+NOT_TOLD = ('mlp_activations', 'max_distance')
 
 
-def fingerprint(params: Any) -> str:
+# The fact, JSON, that has what is `untold` of a model in a file's metadata.
+STATED = 'stated'
+
+
+def read_stated(text: str | None) -> dict[str, Any]:
+  """`BaseCheckpoint.stated` out of the fact of that name."""
+  return {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in json.loads(text or '{}').items()
+  }
+
+
+def untold(config: network.T5Config) -> dict[str, Any]:
+  """What of a network neither its arrays tell nor every T5 has."""
+  gated = len(config.mlp_activations) > 1
+  usual = {
+    'mlp_activations': ('gelu', 'linear') if gated else ('relu',),
+    'max_distance': 128,
+  }
+  return {k: v for k in NOT_TOLD if (v := getattr(config, k)) != usual[k]}
+
+
+def fingerprint(params: Any, *, of_each_kind: bool = True) -> str:
   """Tells one set of weights from another, from a few of its values.
 
   A digest of all parameter paths and shapes and of the first values of eight
-  matrices. Values are rounded to bfloat16 first and the stored type is left
-  out, so a float32 checkpoint and its bfloat16 copy have one fingerprint;
-  likewise the scanned and the unrolled form of one model.
+  matrices and of the first array of each kind: what is folded into queries, or
+  trained of the norms, is seen. Values are rounded to bfloat16 first and the
+  stored type is left out, so a float32 checkpoint and its bfloat16 copy have
+  one fingerprint; likewise the scanned and the unrolled form of one model.
 
   Args:
     params: nested dict, or a mapping of paths to arrays (lazy ones too).
+    of_each_kind: False: of the eight matrices alone, as files of earlier
+      versions have it.
 
   Returns:
     16 hexadecimal digits.
@@ -211,9 +244,14 @@ def fingerprint(params: Any) -> str:
   digest = hashlib.sha256()
   for path in sorted(flat):
     digest.update(f'{path} {list(flat[path].shape)}\n'.encode())
-  # Norm scales tell little: they are all ones before training.
   matrices = [path for path in sorted(flat) if len(flat[path].shape) > 1]
-  for path in matrices[:: max(1, len(matrices) // 8)][:8]:
+  chosen = matrices[:: max(1, len(matrices) // 8)][:8]
+  if of_each_kind:
+    kinds = {
+      re.sub(r'layers_\d+', '', path): path for path in sorted(flat)[::-1]
+    }
+    chosen += sorted({*kinds.values()} - {*chosen})
+  for path in chosen:
     digest.update(_first_values(flat[path]).tobytes())
   return digest.hexdigest()[:16]
 

@@ -15,6 +15,7 @@ def content_free_rows(
   vocabulary,
   inputs_length: int,
   virtual_tokens: VirtualTokens | None,
+  prompt_index: int = 0,
 ) -> Int[np.ndarray, 'F T']:
   """The encoder's rows for inputs that say nothing.
 
@@ -25,6 +26,7 @@ def content_free_rows(
     vocabulary: seqio's.
     inputs_length: of the rows, virtual tokens not counted.
     virtual_tokens: that stand among them.
+    prompt_index: which prompt of the table.
   """
   rows = []
   for nothing in CONTENT_FREE:
@@ -33,7 +35,7 @@ def content_free_rows(
       fields = dict.fromkeys(Template(template).fields, nothing)
       text = Template(template).fill(fields, 'a content-free input')
     ids = vocabulary.encode(prefix + text)
-    rows.append(encoder_row(ids, inputs_length, virtual_tokens))
+    rows.append(encoder_row(ids, inputs_length, virtual_tokens, prompt_index))
   return np.stack(rows)
 
 

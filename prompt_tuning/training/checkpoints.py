@@ -104,8 +104,8 @@ class Checkpoints:
   ) -> None:
     """Writes a checkpoint; what was complete before stays so until then.
 
-    At a step that is already on disk only `extra` and `metrics` are renewed:
-    the state of a step does not change within a run.
+    At a step that is already on disk, as it was written, only `extra` and
+    `metrics` are renewed: the state of a step does not change within a run.
 
     Of a job every process takes part, and returns when all is on disk.
 
@@ -125,6 +125,8 @@ class Checkpoints:
     folder = self.directory / str(step)
     try:
       manifest = self._manifest(step)
+      if manifest is not None and not self._is_unchanged(step):
+        manifest = None  # Damaged since; a resumed run has made it again.
       if hosts.agree(manifest is None):
         manifest = self._write_arrays(step, state)
       if hosts.is_primary():

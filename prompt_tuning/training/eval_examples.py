@@ -18,6 +18,8 @@ class TaskExamples:
   """One task's examples, as text and as the model's features.
 
   Attributes:
+    selects: its score's name, if the mixture trains for it (others are
+      evaluated zero-shot); else None.
     features: {name: [N, length]}, padded.
     label_tokens: ids of its labels [C, L], if it is `ranked`.
   """
@@ -28,9 +30,10 @@ class TaskExamples:
     evaluator: 'seqio.Evaluator',
     ranked: bool = False,
     target_sentinel: bool = False,
+    is_trained: bool = True,
   ):
     self.name = task.name
-    self.selects = f'{task.name}/score' if 'train' in task.splits else None
+    self.selects = f'{task.name}/score' if is_trained else None
     self.vocabulary = task.output_features['targets'].vocabulary
     examples = list(
       evaluator.cached_task_datasets[task.name].as_numpy_iterator()

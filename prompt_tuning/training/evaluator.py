@@ -122,6 +122,7 @@ class Evaluator:
 
     from prompt_tuning.data import feature_converter
 
+    self.lengths = evaluation.task.lengths()
     sampled = evaluation.num_examples is not None
     provider = evaluation.task.checked(
       evaluation.split,
@@ -138,7 +139,7 @@ class Evaluator:
         provider.name,
         feature_converter.VirtualTokensFeatureConverter(virtual_tokens),
         eval_split=evaluation.split,
-        sequence_length=dict(evaluation.task.feature_lengths),
+        sequence_length=self.lengths,
         num_examples=evaluation.num_examples,
         # The first examples of a file may all be of one label.
         shuffle=sampled,
@@ -159,6 +160,9 @@ class Evaluator:
         self._seqio,
         evaluation.rank_classification,
         evaluation.task.target_sentinel,
+        'train' in task.splits
+        or task_lib.trained_beside(task, seqio.get_subtasks(provider))
+        is not None,
       )
       for task in self._seqio.eval_tasks
     }
@@ -382,8 +386,9 @@ class Evaluator:
       asked.prefix(task.name),
       task_lib.TEMPLATES.get(task.name),
       task.vocabulary,
-      asked.feature_lengths['inputs'],
+      self.lengths['inputs'],
       self._virtual_tokens,
+      (asked.prompt_indices or {}).get(task.name, 0),
     )
     features = {'encoder_input_tokens': rows}
     return self._run(self._rank, variables, features, task.label_tokens)

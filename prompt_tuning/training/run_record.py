@@ -95,7 +95,7 @@ def _of_all_versions(record: RunRecord, saved: Mapping[str, Any]):
     ('task', record.task, saved['task']),
     ('best_metric', record.best.metric, saved['best']['metric']),
     ('best_mode', record.best.mode, saved['best']['mode']),
-    ('set of methods', sorted(record.methods), sorted(saved['methods'])),
+    ('list of methods', list(record.methods), list(saved['methods'])),
   ):
     if here != there:
       yield name, here, there

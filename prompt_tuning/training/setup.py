@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import json
 import os
 from typing import Any
 
@@ -31,9 +32,11 @@ from prompt_tuning.training import optimizers
 from prompt_tuning.training import partitioning
 from prompt_tuning.training import stepping
 from prompt_tuning.training.base import FROZEN_DTYPES
+from prompt_tuning.training.base import STATED
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import fingerprint
 from prompt_tuning.training.base import storage_dtype
+from prompt_tuning.training.base import untold
 from prompt_tuning.training.checkpoints import Checkpoints
 from prompt_tuning.training.evaluator import Evaluation
 from prompt_tuning.training.mesh_choice import Partitioner
@@ -286,6 +289,8 @@ def run_record(
   if isinstance(evaluation, Evaluation):
     digests['evaluation files'] = evaluation.task.digest(evaluation.split)
   methods = {method.collection: method for method in model.methods}
+  if parameters.PARAMS in methods and (unsaid := untold(model.config)):
+    facts[STATED] = json.dumps(unsaid)
   return RunRecord(
     seed=seed,
     base=base.path if base is not None else 'random parameters',

@@ -25,8 +25,10 @@ from prompt_tuning.errors import UserError
 from prompt_tuning.methods.method import Method
 from prompt_tuning.models import parameters
 from prompt_tuning.training import tensor_files
+from prompt_tuning.training.base import STATED
 from prompt_tuning.training.base import BaseCheckpoint
 from prompt_tuning.training.base import fingerprint
+from prompt_tuning.training.base import read_stated
 from prompt_tuning.training.base import storage_dtype
 from prompt_tuning.training.checkpoints import MANIFEST
 from prompt_tuning.training.checkpoints import Checkpoints
@@ -41,8 +43,12 @@ _KINDS = {
   'targets_length': int,
   'metric_value': float,
   'labels': json.loads,
+  'prompt_indices': json.loads,
   'target_sentinel': lambda text: text == 'True',
+  'order': int,
 }
+# A fact of methods that act together: the first one, 0, is the outermost.
+ORDER = 'order'
 # A fact of a plain prompt's file: the method whose file stands beside it.
 PLAIN_OF = 'plain_of'
 # What a checkpoint remembers of its run that a file repeats.
@@ -79,7 +85,9 @@ class Trained:
   def as_base(self) -> BaseCheckpoint:
     """It, as the parameters of T5."""
     path = str(self.facts.get('source', self.facts.get('base', '')))
-    return BaseCheckpoint(path, int(self.facts['step']), self.arrays)
+    stated = read_stated(self.facts.get(STATED))
+    step = int(self.facts['step'])
+    return BaseCheckpoint(path, step, self.arrays, stated=stated)
 
 
 def stem(method: Method | type[Method]) -> str:
@@ -138,8 +146,9 @@ def save_trained(
     'jax_version': jax.__version__,
   }
   facts.pop('source', None)
-  if labels := facts.get('labels'):
-    facts['labels'] = json.dumps(labels, ensure_ascii=False)
+  for name in ('labels', 'prompt_indices'):
+    if fact := facts.get(name):
+      facts[name] = json.dumps(fact, ensure_ascii=False)
   file = folder / f'{stem(method)}{tensor_files.ENDING}'
   written = [
     tensor_files.write(file, arrays, facts, dtype if trained.is_base else None)
@@ -251,10 +260,16 @@ def of_run(
   facts |= extra.get('facts', {})
   facts |= _metric(checkpoints.metrics(step), extra)
   facts |= {'step': step, 'source': str(model_dir)}
+  arrays_of = checkpoints.trained(step)
+  # The first method is the outermost: another order is another network.
+  known = extra.get('methods', {})
+  order = [name for name in known if name in arrays_of]
+  order += [name for name in arrays_of if name not in known]
   found = []
-  for collection, arrays in checkpoints.trained(step).items():
+  for number, collection in enumerate(order):
+    arrays = arrays_of[collection]
     kind = methods_lib.of_collection(collection)
-    settings = extra.get('methods', {}).get(collection, {})
+    settings = known.get(collection, {})
     if kind is None:
       raise UserError(
         f'{model_dir} trained {collection}, of which this version has no'
@@ -263,7 +278,8 @@ def of_run(
     arrays = parameters.unrolled(arrays, layers_axis(kind))
     method, arrays = kind.with_settings(settings).plain(arrays)
     made = kind.from_file(arrays, method.settings(), extra)
-    found.append(Trained(*made, facts))
+    place = {ORDER: number} if len(order) > 1 else {}
+    found.append(Trained(*made, facts | place))
   return _naming_their_base(found)
 
 
@@ -295,7 +311,8 @@ def export(
     output_dir: gets the files.
     step: see `of_run`.
     dtype: of a model's file, 'float32' or 'bfloat16'. Others are float32.
-    overwrite: files that are there may be replaced.
+    overwrite: files that are there may be replaced; those of other methods
+      are removed, since who reads the folder takes all of them.
 
   Returns:
     {'step', 'files', 'shapes': {array: shape}}; of a model no shapes.
@@ -327,7 +344,17 @@ def export(
     if not one.is_base:
       shapes = {path: list(array.shape) for path, array in one.arrays.items()}
       written.setdefault('shapes', {}).update(shapes)
+  _remove_others(files.place(output_dir), written['files'])
   return written
+
+
+def _remove_others(folder: epath.Path, written: Sequence[str]) -> None:
+  """Removes files of methods that an earlier export left in a folder."""
+  for name in methods_lib.by_collection():
+    for ending in (tensor_files.ENDING, '.npy'):
+      file = folder / f'{name}{ending}'
+      if str(file) not in written and file.is_file():
+        file.unlink()
 
 
 def _metric(metrics: Mapping[str, float], extra: Mapping[str, Any]) -> dict:
