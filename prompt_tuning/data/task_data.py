@@ -50,7 +50,7 @@ class TaskData:
 
   @property
   def feature_lengths(self) -> Mapping[str, int]:
-    return self.task.feature_lengths
+    return self.task.lengths()
 
   @property
   def vocabulary(self) -> str | None:

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import pytest
 import seqio
@@ -6,6 +7,7 @@ import seqio
 from prompt_tuning.data.classification import register_classification_task
 from prompt_tuning.data.demonstrations import Demonstrations
 from prompt_tuning.data.task import Task
+from prompt_tuning.data.task import trained_beside
 from prompt_tuning.errors import UserError
 
 PAIRS = [(f'text {i}', label) for i in range(6) for label in ('bad', 'good')]
@@ -79,7 +81,29 @@ def test_they_stand_in_front_of_the_inputs_of_every_split_and_of_served_texts(
   text = example['inputs_pretokenized'].decode()
   assert text == prefix + 'review: sport'
   assert shown.facts()['template'] == prefix + 'review: {text}'
+  # They take nothing of the text's room.
+  vocabulary = shown.seqio().output_features['inputs'].vocabulary
+  lengths = {'inputs': 64 + len(vocabulary.encode(prefix)), 'targets': 8}
+  assert shown.lengths() == lengths and task.lengths() == task.feature_lengths
   assert task.facts()['template'] == 'review: {text}'
+
+
+def test_wsc_and_mnli_are_trained_for_by_other_tasks():
+  def reads(data_set, *splits):
+    source = seqio.TfdsDataSource(data_set, splits=splits)
+    return types.SimpleNamespace(name='none', source=source, splits=splits)
+
+  wsc = reads('super_glue/wsc.fixed:1.0.2', 'validation')
+  matched = reads('glue/mnli_matched:2.0.0', 'validation')
+  mrpc = reads('glue/mrpc:2.0.0', 'validation')
+  others = [
+    wsc,
+    reads('super_glue/wsc.fixed:1.0.2', 'train'),
+    reads('glue/mnli:2.0.0', 'train'),
+    reads('glue/qqp:2.0.0', 'train'),
+  ]
+  found = [trained_beside(task, others) for task in (wsc, matched, mrpc)]
+  assert found == [others[1], others[2], None]
 
 
 def test_a_task_without_a_training_split_has_none_to_show(tiny_vocabulary):

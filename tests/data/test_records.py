@@ -125,6 +125,13 @@ def test_a_fault_names_its_file_and_line(tmp_path, name, content, message):
   assert '\n' not in str(caught.value)
 
 
+def test_a_quote_that_nobody_closes_takes_no_rows_along(tmp_path):
+  file = tmp_path / 'a.csv'
+  file.write_text('label,text\ngood,fine\nbad,"dull\ngood,lovely\n')
+  with pytest.raises(UserError, match='a.csv'):
+    list(read_rows(file))
+
+
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(UserError, match='none.csv: cannot be read'):
     read_rows(tmp_path / 'none.csv')

@@ -71,6 +71,23 @@ def test_sentinels_count_down_from_the_last_id(vocabulary):
     vocabulary.sentinel(100)
 
 
+def test_a_model_with_sentinels_of_its_own_gets_no_others(
+  model_file, vocabulary, tmp_path
+):
+  """As mT5's: its last hundred pieces are they."""
+  pieces = reversed(range(100))
+  added = b''.join(map(vocabularies._sentinel_piece, pieces))
+  file = tmp_path / 'spiece.model'
+  file.write_bytes(model_file.read_bytes() + added)
+  like_mt5 = vocabularies.load_vocabulary(file)
+  text = f'{SENTENCES[0]} <extra_id_3>'
+  assert like_mt5.encode(text) == vocabulary.encode(text)
+  assert like_mt5.size == vocabulary.size
+  assert like_mt5.sentinel(0) == vocabulary.sentinel(0)
+  assert like_mt5.seqio().encode(text) == vocabulary.seqio().encode(text)
+  assert like_mt5.seqio().vocab_size == vocabulary.size
+
+
 def test_decoding_stops_at_eos_and_drops_padding(vocabulary):
   film = vocabulary.encode('The film')
   final = vocabulary.encode('final match')

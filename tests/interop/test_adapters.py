@@ -605,6 +605,37 @@ def test_a_computed_prompt_is_a_plain_one_for_others(tmp_path, capsys):
   np.testing.assert_array_equal(np.load(table), arrays['rows'])
 
 
+@pytest.mark.parametrize('to', ['serving_table', 't5x', 'prompt_tokens'])
+def test_who_puts_prompts_in_front_takes_no_others(tmp_path, capsys, to):
+  save_method(tmp_path / 'behind', Prompt(3, placement='suffix'))
+  source = [tmp_path / 'behind']
+  if to != 'serving_table':
+    source = ['t5_1_1_mini', '--prompt', tmp_path / 'behind']
+  words = ['--vocabulary=t5_1_1_mini'] if to == 'prompt_tokens' else []
+  assert (
+    run(
+      'convert',
+      *source[:1],
+      tmp_path / 'out',
+      f'--to={to}',
+      *source[1:],
+      *words,
+    )
+    == 1
+  )
+  assert 'in front of the text' in capsys.readouterr().err
+
+
+def test_a_model_of_bytes_says_so_in_its_folder(tmp_path, capsys):
+  words = ['convert', 't5_1_1_mini', tmp_path / 'hf', '--vocabulary=byt5']
+  assert run(*words, '--to=hugging_face') == 0
+  assert load_vocabulary(tmp_path / 'hf').path == 'byt5'
+  save_method(tmp_path / 'one', Prompt(3))
+  words[2:3] = [tmp_path / 'tokens', '--prompt', tmp_path / 'one']
+  assert run(*words, '--to=prompt_tokens') == 1
+  assert 'bytes have none' in capsys.readouterr().err
+
+
 def test_inspect_reads_prompts_as_text(tmp_path, capsys):
   embedding = load_checkpoint('t5_1_1_mini').arrays['token_embedder/embedding']
   ids = load_vocabulary('t5_1_1_mini').encode('Name the topic')

@@ -119,6 +119,14 @@ def test_sharded_files_are_written_and_read(tmp_path, monkeypatch):
   files[1].unlink()
   with pytest.raises(UserError, match='lacks model-00002-of-'):
     load_checkpoint(tmp_path)
+  # Written over by a model in one file: nothing of the shards stays.
+  monkeypatch.undo()
+  doubled = {name: 2 * array for name, array in params.items()}
+  hugging_face_writing.save_model(tmp_path, doubled, 6, dtype='float32')
+  base = load_checkpoint(tmp_path)
+  name = 'encoder/layers_0/mlp/wo/kernel'
+  np.testing.assert_array_equal(np.asarray(base.arrays[name]), doubled[name])
+  assert len(list(tmp_path.glob('model*'))) == 1
 
 
 def test_whether_a_model_is_tied_shows_in_its_file(tmp_path):
@@ -329,7 +337,7 @@ def test_a_network_that_is_not_ours_is_told_at_once(tmp_path, changes, said):
     load_checkpoint(rewritten(tmp_path, **changes))
 
 
-def test_what_shapes_do_not_tell_survives_a_round_trip(tmp_path):
+def test_what_shapes_do_not_tell_survives_a_round_trip(tmp_path, caplog):
   stated = {
     'feed_forward_proj': 'gated-silu',
     'relative_attention_max_distance': 64,
@@ -342,6 +350,12 @@ def test_what_shapes_do_not_tell_survives_a_round_trip(tmp_path):
   conversion.convert([str(tmp_path / 'one')], tmp_path / 'two', 'hugging_face')
   written = json.loads((tmp_path / 'two' / 'config.json').read_text())
   assert {name: written[name] for name in stated} == stated
+  # Our own file says it too, T5X's cannot.
+  conversion.convert([str(tmp_path / 'one')], tmp_path / 'ours', 'safetensors')
+  ours = load_checkpoint(tmp_path / 'ours').config()
+  assert (ours.mlp_activations, ours.max_distance) == (('silu', 'linear'), 64)
+  conversion.convert([str(tmp_path / 'one')], tmp_path / 't5x', 't5x')
+  assert 'T5Config.max_distance=64: bind it where this one' in caplog.text
 
 
 def test_a_step_is_asked_for_by_the_name_that_the_user_knows(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,18 @@ from prompt_tuning.interop.t5x_host import is_trained
 from prompt_tuning.methods.adapters import Adapters
 from prompt_tuning.methods.attempt import Attempt
 from prompt_tuning.methods.hard_prompt import HardPrompt
+from prompt_tuning.methods.ia3 import IA3
 from prompt_tuning.methods.lora import Lora
 from prompt_tuning.methods.method import TaskText
 from prompt_tuning.methods.multitask_prompt import MultitaskPrompt
 from prompt_tuning.methods.nearest_pieces import word_pieces
 from prompt_tuning.methods.norm_scales import NormScales
+from prompt_tuning.methods.per_layer import PerLayerPrompt
 from prompt_tuning.methods.prompt import Prompt
 from prompt_tuning.methods.prompt import uniform
 from prompt_tuning.methods.tied_prompt import TiedPrompt
 from prompt_tuning.models import network
+from prompt_tuning.models import parameters
 from prompt_tuning.models.model import EncoderDecoderModel
 from prompt_tuning.serving import loading
 from prompt_tuning.training import loop
@@ -119,7 +123,7 @@ def run(folder, method, steps, vocabulary, **settings):
     model=MODEL,
     data=Alternating(vocabulary),
     base=base(),
-    methods=(method,),
+    methods=method if isinstance(method, tuple) else (method,),
     train_steps_relative=steps,
     log_period=1,
     checkpoint_period=2,
@@ -362,8 +366,8 @@ def test_the_attention_of_attempt_has_a_rate_of_its_own(tmp_path):
     attempt_attention(tmp_path)
 
 
-def test_packed_examples_are_refused_by_attempt():
-  method = Attempt(PROMPT)
+@pytest.mark.parametrize('method', [Attempt(PROMPT), PerLayerPrompt(3)])
+def test_packed_examples_are_refused_by_some(method):
   packed = {
     'encoder_input_tokens': jnp.ones((1, 4), jnp.int32),
     'encoder_segment_ids': jnp.ones((1, 4), jnp.int32),
@@ -372,7 +376,71 @@ def test_packed_examples_are_refused_by_attempt():
   }
   model = dataclasses.replace(MODEL, methods=(method,))
   with pytest.raises(UserError, match='TaskData.pack = False'):
-    model.logits({'params': {}, 'attempt': {}}, packed)
+    model.logits({'params': {}, method.collection: {}}, packed)
+
+
+def test_several_methods_act_in_their_order_wherever_they_are_read(
+  tmp_path, tiny_vocabulary
+):
+  """LoRA outside of IA3 is another network than IA3 outside of LoRA."""
+  ordered = (Lora(2, targets=('value',)), IA3(('value',), ()))
+  kwargs = {'learning_rate': 0.3}
+  result = run(tmp_path / 'run', ordered, 4, tiny_vocabulary, **kwargs)
+  model = dataclasses.replace(MODEL, methods=ordered)
+  variables = {'params': parameters.nest(base().arrays), **result.variables}
+  batch = {
+    'encoder_input_tokens': jnp.array([[9, 20, 30, 4, 1]], jnp.int32),
+    'decoder_input_tokens': jnp.array([[0, 7]], jnp.int32),
+    'decoder_target_tokens': jnp.array([[7, 1]], jnp.int32),
+  }
+  wanted = jax.jit(model.logits)(variables, batch)
+  export(tmp_path / 'run', tmp_path / 'exported')
+  without = tmp_path / 'without_checkpoints'
+  shutil.copytree(tmp_path / 'run', without)
+  shutil.rmtree(without / 'checkpoints')
+  for folder in (tmp_path / 'run', tmp_path / 'exported', without):
+    found = load_trained(folder)
+    names = [one.method.collection for one in found]
+    assert names == ['lora', 'ia3'], folder
+    np.testing.assert_allclose(logits_of(found), wanted, atol=1e-5)
+  other = dataclasses.replace(model, methods=ordered[::-1])
+  assert np.abs(jax.jit(other.logits)(variables, batch) - wanted).max() > 1e-4
+  with pytest.raises(UserError, match='list of methods'):
+    run(tmp_path / 'run', ordered[::-1], 6, tiny_vocabulary, **kwargs)
+
+  # Over an export of others nothing of them stays.
+  run(tmp_path / 'prompt', PROMPT, 2, tiny_vocabulary)
+  export(tmp_path / 'prompt', tmp_path / 'exported', overwrite=True)
+  (one,) = load_trained(tmp_path / 'exported')
+  assert one.method.collection == 'prompt'
+
+
+def test_a_run_makes_a_damaged_checkpoint_again(tmp_path, tiny_vocabulary):
+  whole = run(tmp_path, PROMPT, 4, tiny_vocabulary)
+  folder = tmp_path / 'checkpoints/1004/state'
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  damaged = bytearray(largest.read_bytes())
+  damaged[len(damaged) // 2] ^= 1
+  largest.write_bytes(damaged)
+  again = run(tmp_path, PROMPT, 4, tiny_vocabulary)
+  for one, other in zip(
+    jax.tree.leaves(again.variables), jax.tree.leaves(whole.variables)
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+  ('method', 'said'),
+  [
+    (Lora(2, targets=('quer', 'value')), "Lora.targets has 'quer'"),
+    (IA3(('key', 'valeu'), ()), "IA3.outputs has 'valeu'"),
+    (IA3(('key', 'wo'), ('wo',)), "'wo' is in both lists"),
+  ],
+)
+def test_projections_are_those_that_there_are(method, said):
+  with pytest.raises(UserError, match=said):
+    method.init(jax.random.key(0), base().arrays, TaskText())
 
 
 def test_a_new_task_starts_from_a_multitask_prompt(tmp_path):

@@ -236,6 +236,13 @@ def test_a_file_gives_a_line_of_json_for_each_record(infer, tmp_path):
   assert [line['id'] for line in lines] == [7, 3]
   assert lines[1]['score_given'] == 'mine'
   assert isinstance(lines[1]['score'], float)
+  # Also those that a prediction of a prediction has.
+  again = tmp_path / 'again.jsonl'
+  infer(str(target), again, template='question: {q}')
+  lines = [json.loads(line) for line in again.read_text().splitlines()]
+  assert lines[1]['score_given'] == 'mine'
+  assert isinstance(lines[1]['score_given_given'], float)
+  assert [line['id'] for line in lines] == [7, 3]
 
 
 def test_a_field_of_a_file_is_scored(infer, predictor, tmp_path):
@@ -400,6 +407,19 @@ def test_what_the_training_says_holds_for_inference(
   )
   with pytest.raises(UserError, match='training named none'):
     infer(str(source), tmp_path / 'third', rank=True)
+
+
+def test_the_prompt_of_the_training_is_taken_and_of_several_one_is_asked_for():
+  assert loading.remembered(trained_with(prompt_indices={'a': 1})) == {
+    'prompt_index': 1
+  }
+  two = trained_with(prompt_indices={'a': 0, 'b': 1})
+  assert loading.remembered(two) == {'prompt_index': None}
+
+
+def test_a_prompt_of_several_tasks_needs_its_index(predictor):
+  with pytest.raises(UserError, match='say which by prompt_index'):
+    predictor(prompt_index=None)
 
 
 def test_a_sentinel_of_the_training_is_put_and_taken_off(loaded):

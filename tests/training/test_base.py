@@ -146,6 +146,19 @@ def test_fingerprint_ignores_storage_but_not_values():
   assert found != fingerprint(draw(like, seed=1))
   moved = jax.tree.map(lambda x: x * np.float32(1.01), params)
   assert found != fingerprint(moved)
+  # What folds into one kind of kernel, or the norms, is seen too; files of
+  # earlier versions say what eight matrices are.
+  for kind in ('query/kernel', 'layer_norm/scale'):
+    changed = {
+      path: x * 2 if path.endswith(kind) else x
+      for path, x in flat(params).items()
+    }
+    assert found != fingerprint(changed), kind
+  base = base_of(params)
+  earlier = fingerprint(params, of_each_kind=False)
+  assert earlier != found
+  assert base.has_fingerprint(earlier) and base.has_fingerprint(found)
+  assert not base_of(moved).has_fingerprint(earlier)
 
 
 def test_run_that_trained_params_is_a_base_checkpoint(tmp_path):
