@@ -8,6 +8,7 @@ from prompt_tuning.data.classification import register_classification_task
 from prompt_tuning.data.demonstrations import Demonstrations
 from prompt_tuning.data.task import Task
 from prompt_tuning.data.task import trained_beside
+from prompt_tuning.data.task_data import TaskData
 from prompt_tuning.errors import UserError
 
 PAIRS = [(f'text {i}', label) for i in range(6) for label in ('bad', 'good')]
@@ -86,6 +87,24 @@ def test_they_stand_in_front_of_the_inputs_of_every_split_and_of_served_texts(
   lengths = {'inputs': 64 + len(vocabulary.encode(prefix)), 'targets': 8}
   assert shown.lengths() == lengths and task.lengths() == task.feature_lengths
   assert task.facts()['template'] == 'review: {text}'
+
+
+def test_a_label_needs_room_for_its_sentinel_too(task):
+  vocabulary = task.seqio().output_features['targets'].vocabulary
+  longest = max(len(vocabulary.encode(word)) for word in ('bad', 'good'))
+
+  def read(sentinel, room):
+    lengths = {'inputs': 64, 'targets': longest + room}
+    one = dataclasses.replace(
+      task, feature_lengths=lengths, target_sentinel=sentinel
+    )
+    data = TaskData(one, batch_size=2)
+    return next(data.batches(virtual_tokens=None, seed=0, start=0))
+
+  read(False, 1)
+  read(True, 2)
+  with pytest.raises(UserError, match='tokens with EOS and sentinel'):
+    read(True, 1)
 
 
 def test_wsc_and_mnli_are_trained_for_by_other_tasks():
