@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import statistics
+from typing import Any
 
 from prompt_tuning.errors import UserError
 from prompt_tuning.study import published as published_lib
@@ -190,7 +191,7 @@ def tradeoff(
 
     drawn = Figure(figsize=(7, 4.5), layout='constrained')
     plot = drawn.subplots()
-    rows = []
+    rows, points = [], {}
     for label in results.labels(axis):
       summary = results.summary({axis: label}, metric, evaluation)
       runs = [
@@ -218,15 +219,11 @@ def tradeoff(
       plot.errorbar(
         trained, summary.mean, summary.deviation or 0, marker='o', capsize=3
       )
-      plot.annotate(
-        label,
-        (trained, summary.mean),
-        xytext=(4, 4),
-        textcoords='offset points',
-        fontsize='x-small',
-      )
+      points[label] = (trained, summary.mean)
     plot.set(xscale='log', xlabel='trained parameters', ylabel=metric)
+    plot.margins(x=0.15, y=0.08)
     plot.grid(alpha=0.3)
+    _label(plot, points)
     text = (
       f'{of(metric, evaluation)}, mean over tasks ± standard deviation over'
       ' seeds; trained parameters; median seconds of a step; most memory of a'
@@ -237,6 +234,45 @@ def tradeoff(
     return Section(said, text, header, rows, drawn)
 
   return view
+
+
+# Where a point's label may stand: offset in points, and alignments.
+_PLACES = (
+  ((5, 3), 'left', 'bottom'),
+  ((5, -3), 'left', 'top'),
+  ((-5, 3), 'right', 'bottom'),
+  ((-5, -3), 'right', 'top'),
+  ((0, 9), 'center', 'bottom'),
+  ((0, -9), 'center', 'top'),
+)
+
+
+def _label(plot: Any, points: Mapping[str, tuple[float, float]]) -> None:
+  """Writes each label beside its point, where no other one stands."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+  renderer = FigureCanvasAgg(plot.figure).get_renderer()
+  plot.figure.draw(renderer)  # axes have their place from then on
+  taken = []
+  for label, point in points.items():
+    for offset, across, along in _PLACES:
+      text = plot.annotate(
+        label,
+        point,
+        xytext=offset,
+        textcoords='offset points',
+        fontsize='x-small',
+        ha=across,
+        va=along,
+      )
+      box = text.get_window_extent(renderer)
+      if not any(box.overlaps(other) for other in taken):
+        break
+      text.remove()
+    else:
+      text = plot.annotate(label, point, fontsize='x-small')
+      box = text.get_window_extent(renderer)
+    taken.append(box)
 
 
 def parameters(
