@@ -109,21 +109,23 @@ class Grid:
     seeds = found.pop(SEED, None)
     return found | ({} if seeds is None else {SEED: seeds})
 
-  def only(self, chosen: Mapping[str, str | Sequence[str]]) -> 'Grid':
+  def labels(self, axis: str) -> list[str]:
+    """Of one of its axes; none where it has no such axis."""
+    return list(self._choices().get(axis, ()))
+
+  def only(self, chosen: Mapping[str, str | Sequence[str]]) -> 'Grid | None':
     """The part of it that has these labels, {axis: label or labels}.
 
-    Raises:
-      UserError: one of its axes has no such label.
+    An axis that it lacks leaves nothing out; None: no cell has such labels.
     """
     axes = self._choices()
     for name, labels in chosen.items():
       if name in axes:
-        for label in _several(labels):
-          if label not in axes[name]:
-            raise UserError(
-              f'{name!r} has no {label!r}; it has {", ".join(axes[name])}'
-            )
-        axes[name] = {label: axes[name][label] for label in _several(labels)}
+        axes[name] = {
+          x: axes[name][x] for x in _several(labels) if x in axes[name]
+        }
+        if not axes[name]:
+          return None
     kept = {label for axis in axes.values() for label in axis}
     return dataclasses.replace(
       self,

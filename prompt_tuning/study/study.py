@@ -106,6 +106,13 @@ def study(
       raise UserError(
         f'study.only has {axis!r}, the axes are {", ".join(sorted(known))}'
       )
+    labels = dict.fromkeys(x for grid in grids for x in grid.labels(axis))
+    wanted = only[axis]
+    for label in [wanted] if isinstance(wanted, str) else wanted:
+      if label not in labels:
+        raise UserError(
+          f'{axis!r} has no {label!r}; it has {", ".join(labels)}'
+        )
   one = _Study(
     pathlib.Path(files.place(study_dir)),
     grids,
@@ -196,7 +203,7 @@ class _Study:
   ):
     self.folder = folder
     self._whole_grids = grids
-    self._grids = [grid.only(only) for grid in grids]
+    self._grids = [part for grid in grids if (part := grid.only(only))]
     self._evaluations = evaluations
     self._metric = metric
     self._words = shlex.split(words)

@@ -397,6 +397,10 @@ def test_words_of_cells_that_are_left_out_are_no_fault(gin_study, capsys):
       ['--only=methd:prompt'],
       "study.only has 'methd', the axes are SEED, meth",
     ),
+    (
+      ['--only=method:promt'],
+      "'method' has no 'promt'; it has prompt, design",
+    ),
     (['Grid.axis={}'], 'Grid has no parameter axis (did you mean axes?)'),
     (['Grid.words=models/t5_1_1_mni'], 'did you mean models/t5_1_1_mini?'),
     (['study.at_once=0'], 'study.at_once must be 1 or more'),

@@ -381,7 +381,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
       {'methods': (PerLayerPrompt(2), Lora(2))},
       'per_layer computes with .* past what lora make of them; give it alone',
     ),
-    ({'methods': (Lora(targets=('q',)),)}, 'name no projection'),
+    ({'methods': (Lora(targets=('q',)),)}, "Lora.targets has 'q'"),
     (
       {
         'methods': (PROMPT, ModelTuning()),
