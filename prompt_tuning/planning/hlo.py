@@ -277,7 +277,7 @@ class _Program:
       places = [i for i, name in enumerate(one.operands) if name in names]
       if not places:
         continue
-      if one.opcode == 'bitcast':
+      if self._lays_out(one):
         names.add(one.name)
       elif one.opcode in ('dynamic-slice', 'slice', 'gather'):
         total += _bytes(one.shape, everywhere=True)
@@ -289,7 +289,14 @@ class _Program:
         total += sum(parts)
       elif one.opcode != 'dynamic-update-slice' or places != [0]:
         return None
-    return total
+    return None if body[-1].name in names else total
+
+  def _lays_out(self, one: _Instruction) -> bool:
+    """Whether it is its operand in another layout, fused or not."""
+    if one.opcode != 'fusion':
+      return one.opcode in ('bitcast', 'copy')
+    body, _ = self._inside(one)
+    return all(part.opcode in ('parameter', 'bitcast', 'copy') for part in body)
 
 
 def _parse(line: str, computation: str) -> _Instruction | None:

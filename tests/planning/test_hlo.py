@@ -8,7 +8,8 @@ from prompt_tuning.models import attention_kernel
 from prompt_tuning.planning import hlo
 
 # A loop of three runs in the notation of XLA for TPU: a fused reduction, an
-# asynchronous gather, a slice of a stack of layers, on-chip memory S(1).
+# asynchronous gather, a slice of a stack of layers (in other tiles, as of 8-bit
+# kernels), on-chip memory S(1).
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
@@ -18,11 +19,17 @@ HloModule jit_step, is_scheduled=true
   ROOT %sum = f32[] add(%a, %b)
 }
 
+%other_tiles (q0: f32[3,4,8]) -> f32[3,4,8] {
+  %q0 = f32[3,4,8]{2,1,0} parameter(0)
+  ROOT %copied = f32[3,4,8]{2,1,0:T(8,128)} copy(%q0)
+}
+
 %fused_slice (p0: f32[3,4,8], p1: s32[]) -> f32[4,8] {
   %p0 = f32[3,4,8]{2,1,0} parameter(0)
   %p1 = s32[] parameter(1)
   %zero = s32[] constant(0)
-  %part = f32[1,4,8]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero)
+  %relaid = f32[3,4,8]{2,1,0:T(8,128)} fusion(%p0), kind=kLoop, calls=%other_tiles
+  %part = f32[1,4,8]{2,1,0} dynamic-slice(%relaid, %p1, %zero, %zero)
   ROOT %flat = f32[4,8]{1,0} bitcast(%part)
 }
 
