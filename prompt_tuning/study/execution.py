@@ -28,6 +28,7 @@ from prompt_tuning.training.run_lock import RunLock
 
 _CLAIMS = '.claims'
 WAITS, RUNS, ELSEWHERE, DONE = 'waits', 'runs', 'runs elsewhere', 'done'
+LAUNCHED = 'launched'
 # One process for a cell's commands: libraries are loaded once.
 _IN_TURN = """
 import json, shlex, sys
@@ -172,7 +173,7 @@ class Local:
         try:
           if cores:  # Of this thread, and so of the process that it starts.
             os.sched_setaffinity(0, cores)
-          began = functools.partial(self._processes.__setitem__, job.name)
+          began = functools.partial(self._began, job)
           code = run(job, environment, began)
         finally:
           with guard:
@@ -196,6 +197,11 @@ class Local:
         ' goes on'
       )
     return failed
+
+  def _began(self, job: Job, process: subprocess.Popen) -> None:
+    self._processes[job.name] = process
+    if self._stopped.is_set():  # asked to while it was being started
+      process.send_signal(signal.SIGTERM)
 
   @contextlib.contextmanager
   def _stopping(self):
@@ -383,7 +389,7 @@ def by_launcher(
         ) from error
     if code:
       failed[job.name] = job.last_line()
-    states.set(job, f'failed ({code})' if code else 'launched')
+    states.set(job, f'failed ({code})' if code else LAUNCHED)
   return failed
 
 

@@ -14,6 +14,7 @@ train` with the words of all of them, or `eval` where one of the words is
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
+import math
 import re
 import shlex
 from typing import Any
@@ -77,6 +78,8 @@ class Grid:
     combined: {label: words} of one more command for all cells that differ in
       their seed alone, after them; `{runs}` in it stands for their folders,
       `{run}` for the first. The label takes the place of the seed's.
+    seeds: labels of the seeds to look at; None: all of them. A search is of the
+      axis's first seed all the same, and what combines all seeds is left out.
   """
 
   axes: Mapping[str, Axis]
@@ -84,6 +87,7 @@ class Grid:
   tries: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   skip: Sequence[Mapping[str, str | Sequence[str]]] = ()
   combined: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  seeds: Sequence[str] | None = None
 
   def __post_init__(self):
     known = {label for axis in self._choices().values() for label in axis}
@@ -118,18 +122,21 @@ class Grid:
 
     An axis that it lacks leaves nothing out; None: no cell has such labels.
     """
-    axes = self._choices()
+    axes, seeds = self._choices(), self.seeds
     for name, labels in chosen.items():
       if name in axes:
-        axes[name] = {
-          x: axes[name][x] for x in _several(labels) if x in axes[name]
-        }
-        if not axes[name]:
+        found = {x: axes[name][x] for x in _several(labels) if x in axes[name]}
+        if not found:
           return None
+        if name == SEED:
+          seeds = tuple(found) if len(found) < len(axes[name]) else None
+        else:
+          axes[name] = found
     kept = {label for axis in axes.values() for label in axis}
     return dataclasses.replace(
       self,
       axes=axes,
+      seeds=seeds,
       tries={label: t for label, t in self.tries.items() if label in kept},
       skip=[
         one
@@ -161,10 +168,17 @@ class Grid:
       if not seeds:
         continue
       group = list(self._group(labels, words, seeds, score))
-      cells += group
       done = [cell for cell in group if cell.chosen]
-      if len(done) == len(seeds):
-        cells += self._combined(labels, done, folder)
+      if self.seeds is None:
+        cells += group
+        if len(done) == len(seeds):
+          cells += self._combined(labels, done, folder)
+      else:  # Without a choice, the search is what they wait for.
+        cells += [
+          cell
+          for cell in group
+          if not done or cell.labels.get(SEED) in self.seeds
+        ]
     return cells
 
   def _group(
@@ -194,6 +208,8 @@ class Grid:
     if None in scores:
       yield from (dataclasses.replace(one, chosen=False) for one in tried)
       return
+    # A correlation with answers that are all alike is no number.
+    scores = [-math.inf if math.isnan(one) else one for one in scores]
     best = max(range(len(tried)), key=lambda i: scores[i])
     for i, one in enumerate(tried):
       yield dataclasses.replace(one, chosen=i == best)

@@ -83,8 +83,9 @@ def write(
 
 def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
   """A table of Markdown, its columns as wide as what is in them."""
-  lines = [[str(cell).replace('|', '\\|') for cell in row] for row in rows]
-  titles = [str(cell) for cell in header]
+  titles, *lines = [
+    [str(cell).replace('|', '\\|') for cell in row] for row in (header, *rows)
+  ]
   widths = [max(map(len, column)) for column in zip(titles, *lines)]
   rule = ['-' * width for width in widths]
   return '\n'.join(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import statistics
 
 import numpy as np
 from scipy import stats
@@ -27,12 +26,8 @@ class Summary:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> 'Summary':
-    several = len(values) > 1
-    return cls(
-      statistics.fmean(values),
-      statistics.stdev(values) if several else None,
-      tuple(values),
-    )
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return cls(float(np.mean(values)), deviation, tuple(values))
 
   def __str__(self) -> str:
     if self.deviation is None:

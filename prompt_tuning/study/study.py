@@ -156,7 +156,7 @@ def study(
       remark = f'submitted to Slurm: {numbers}'
     else:
       failed |= execution.by_launcher(jobs, executor, states)
-      remark = f'launched: {len(jobs) - len(failed)}'
+      remark = f'launched: {states.found().count(execution.LAUNCHED)}'
     break
   cells = one.cells()
   sections = _sections(one, views)
@@ -315,8 +315,27 @@ class _Study:
     """In what a folder's run is not the cell's."""
     if self._commands is None or cell.name not in self._settings:
       return []
-    found = self._commands.of_config((folder / 'config.gin').read_text())
-    return self._commands.differences(self._settings[cell.name], found)
+    return self._differences(self._settings[cell.name], folder)
+
+  def _other_evaluation(self, cell: Cell, name: str) -> list[str]:
+    """In what a further evaluation, which is done, is not the one wanted."""
+    if self._commands is None:
+      return []
+    wanted = self._commands.settings(self._evaluation(cell, name))
+    home = self.home(cell.name)
+    if cell.command == 'train':  # of its own run, wherever that was copied from
+      wanted.pop('load_trained.path', None)
+    return self._differences(wanted, home / f'eval_{name}')
+
+  def _differences(
+    self, wanted: Mapping[str, Any], folder: pathlib.Path
+  ) -> list[str]:
+    config = folder / 'config.gin'
+    try:
+      found = self._commands.of_config(config.read_text())
+    except FileNotFoundError:
+      return [f'configuration: {config} is not there']
+    return self._commands.differences(wanted, found)
 
   def run(self, cell: Cell) -> Run | None:
     """What came of a cell, if it and its evaluations are done.
@@ -335,6 +354,13 @@ class _Study:
           f'{home} holds a run with another {"; another ".join(other[:4])} than'
           f' the cell {cell.name}; choose another STUDY_DIR, or move it away'
         )
+      for name in self._evaluations:
+        if other := self._other_evaluation(cell, name):
+          raise UserError(
+            f'{home}/eval_{name} holds an evaluation with another'
+            f' {"; another ".join(other[:4])} than study.evaluations has; give'
+            ' that another name, or move the folder away'
+          )
       self._known[key] = found
     return self._known[key]
 
@@ -359,14 +385,17 @@ class _Study:
         yield cell.arguments(str(home))
     elif runs_lib.read_run(home) is None:
       yield cell.arguments(str(home))
-    for name, text in self._evaluations.items():
-      folder = home / f'eval_{name}'
-      if runs_lib.read_run(folder) is None:
-        if cell.command == 'train':
-          words = ['eval', str(home), *shlex.split(text)]
-          yield [*words, f'EVAL_OUTPUT_DIR={folder}']
-        else:
-          yield cell.with_words(shlex.split(text)).arguments(str(folder))
+    for name in self._evaluations:
+      if runs_lib.read_run(home / f'eval_{name}') is None:
+        yield self._evaluation(cell, name)
+
+  def _evaluation(self, cell: Cell, name: str) -> list[str]:
+    """Arguments of a further evaluation of a cell."""
+    home = self.home(cell.name)
+    words, folder = shlex.split(self._evaluations[name]), home / f'eval_{name}'
+    if cell.command == 'train':
+      return ['eval', str(home), *words, f'EVAL_OUTPUT_DIR={folder}']
+    return cell.with_words(words).arguments(str(folder))
 
   def left(self, name: str) -> list[list[str]]:
     """The commands of a cell that are not done, by its name."""

@@ -67,18 +67,33 @@ class Results:
   ) -> statistics.Summary | None:
     """Over the seeds, of the runs that have these labels.
 
-    A seed's value is the mean over all other axes; a seed that lacks some of
-    their runs is left out.
+    A seed's value is the mean over all other axes; a seed that lacks a run of
+    them is left out, so what is not done is not averaged over.
     """
-    by_seed: dict[str, list[float]] = {}
+    expected = {
+      self._others(cell.labels, labels)
+      for cell in self.cells
+      if not cell.needs and labels.items() <= cell.labels.items()
+    }
+    by_seed: dict[str, dict[frozenset, float]] = {}
     for found, run in self.chosen():
       if labels.items() <= found.items():
         value = run.value(metric, evaluation)
         if value is not None:
-          by_seed.setdefault(found.get(SEED, ''), []).append(value)
-    most = max(map(len, by_seed.values()), default=0)
-    values = [sum(v) / most for v in by_seed.values() if len(v) == most]
+          one = by_seed.setdefault(found.get(SEED, ''), {})
+          one[self._others(found, labels)] = value
+    values = [
+      sum(one.values()) / len(one)
+      for one in by_seed.values()
+      if one.keys() == expected
+    ]
     return statistics.Summary.of(values) if values else None
+
+  def _others(self, labels: Labels, chosen: Labels) -> frozenset:
+    """Labels beside those that were chosen, of axes that are averaged over."""
+    return frozenset(labels.items() - chosen.items()) - {
+      (axis, labels[axis]) for axis in (SEED, TRY) if axis in labels
+    }
 
   def interval(
     self, labels: Labels, evaluation: str

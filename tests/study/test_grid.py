@@ -61,6 +61,30 @@ def test_a_search_takes_the_best_try_of_the_first_seed_for_the_others():
   ]
 
 
+def test_a_score_that_is_no_number_is_never_the_best_of_a_search():
+  tries = {'prompt': ('A=1', 'A=2', 'A=3')}
+  scores = {'A=1': float('nan'), 'A=2': -3.0, 'A=3': -4.0}
+  grid = Grid({'method': {'prompt': ''}, 'SEED': (0, 1)}, tries=tries)
+  found = cells(grid, lambda cell: scores.get(cell.labels.get('try')))
+  assert [c.labels.get('try') for c in found if c.chosen] == ['A=2'] * 2
+
+
+def test_the_search_of_some_seeds_is_that_of_all():
+  tries = {'prompt': ('A=1', 'A=2')}
+  grid = Grid(
+    {'method': {'prompt': ''}, 'SEED': (0, 1, 2)},
+    tries=tries,
+    combined={'ensemble': 'eval {run} PROMPT_FILE={runs}'},
+  )
+  part = grid.only({'SEED': ['2']})
+  assert [c.name for c in cells(part)] == ['prompt.0.A_1', 'prompt.0.A_2']
+  scores = {'A=1': 3.0, 'A=2': 4.0}
+  rest = cells(part, lambda cell: scores.get(cell.labels.get('try')))
+  # No ensemble of fewer seeds stands where that of all would.
+  assert [(c.name, c.words[-1]) for c in rest] == [('prompt.2.A_2', 'A=2')]
+  assert grid.only({'SEED': '7'}) is None
+
+
 def test_a_combination_comes_after_the_runs_that_differ_in_their_seed():
   grid = Grid(
     {'task': {'rte': 'tasks/rte'}, 'SEED': (0, 1)},

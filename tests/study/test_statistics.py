@@ -15,6 +15,8 @@ def test_a_summary_has_the_samples_deviation():
   found = Summary.of([1.0, 2.0, 6.0])
   assert str(found) == '3.0 ± 2.6'  # sqrt((4 + 1 + 9) / 2)
   assert str(Summary.of([2.0])) == '2.0'
+  # Such as a correlation with answers that are all alike.
+  assert str(Summary.of([2.0, float('nan')])) == 'nan ± nan'
 
 
 def test_a_comparison_is_of_the_examples_that_both_answered():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import gin
 import pytest
@@ -94,6 +95,15 @@ def test_a_report_has_means_and_deviations_over_seeds(folder):
     .read_text()
     .startswith('method,small,large\n')
   )
+
+
+def test_what_is_not_done_is_not_averaged_over(folder):
+  for home in (folder / f'large.model_tuning.{seed}' for seed in (0, 1)):
+    shutil.rmtree(home, ignore_errors=True)
+  _, text = collect(folder, views.table('method', 'model', average='all'))
+  lines = [line.replace(' ', '') for line in text.splitlines()]
+  # No seed has both methods of the large model.
+  assert '|prompt|5.0±7.1|45.0±7.1|' in lines and '|all|15.0±7.1||' in lines
 
 
 def test_every_number_says_which_run_it_is_from(folder):
@@ -417,6 +427,16 @@ def test_what_is_wrong_is_a_line_before_anything_runs(
   assert message in error and error.count('\n') == 0
 
 
+def resolved(command, words):
+  """What such a command writes as config.gin."""
+  one = cli.CONFIGURED[command]
+  request, _ = cli.parse(words, one.own_file * one.takes_run)
+  configuration.configure(one.function, request)
+  text = configuration.resolved_config()
+  gin.clear_config()
+  return text
+
+
 def test_runs_made_elsewhere_count_if_their_settings_are_the_cells(
   gin_study, tmp_path, capsys
 ):
@@ -426,10 +446,7 @@ def test_runs_made_elsewhere_count_if_their_settings_are_the_cells(
     write_run(hand / name, 50.0)
     more = ['TRAIN_STEPS_RELATIVE=2', f'LEARNING_RATE={rate}', 'MODEL_DIR=x']
     more += ['train.log_period=7', 'LOCAL_DATA_DIR=elsewhere']
-    request, _ = cli.parse([*words, *more])
-    configuration.configure('train', request)
-    (hand / name / 'config.gin').write_text(configuration.resolved_config())
-    gin.clear_config()
+    (hand / name / 'config.gin').write_text(resolved('train', [*words, *more]))
   words = [gin_study, '--collect', f'--adopt={hand}', '--only=SEED:0']
   assert cli.main(['study', *words]) == 0
   found = json.loads(capsys.readouterr().out)
@@ -445,6 +462,33 @@ def test_a_folder_with_another_run_is_told(gin_study, tmp_path, capsys):
   assert cli.main(['study', gin_study, '--collect']) == 1
   error = capsys.readouterr().err
   assert 'holds a run with another T5Config.emb_dim: 64, not 192' in error
+
+
+def test_an_evaluation_of_other_settings_is_told(gin_study, tmp_path, capsys):
+  words = [gin_study, '--collect', '--only=method:prompt', '--only=SEED:0']
+  assert cli.main(['study', gin_study, '--list', *words[2:]]) == 0
+  train = capsys.readouterr().out.split()[2:]
+  home = tmp_path / 'study' / 'prompt.0'
+  write_run(home, 50.0)
+  (home / 'config.gin').write_text(resolved('train', train))
+  (home / 'eval_test').mkdir()
+  (home / 'eval_test' / 'eval_metrics.jsonl').write_text('{"score": 40.0}')
+  # It was made where the run stood before.
+  elsewhere = tmp_path / 'elsewhere'
+  shutil.copytree(home, elsewhere)
+  (home / 'eval_test' / 'config.gin').write_text(
+    resolved('eval', [str(elsewhere), 'Evaluation.split=test'])
+  )
+  test = "study.evaluations={'test': 'Evaluation.split=test'}"
+  assert cli.main(['study', *words, test]) == 0
+  assert json.loads(capsys.readouterr().out)['done'] == 1
+  ranked = test.replace('=test', '=test Evaluation.rank_classification=True')
+  assert cli.main(['study', *words, ranked]) == 1
+  error = capsys.readouterr().err
+  assert 'eval_test holds an evaluation with another Evaluation.rank' in error
+  (home / 'config.gin').unlink()
+  assert cli.main(['study', *words]) == 1
+  assert 'config.gin is not there' in capsys.readouterr().err
 
 
 def test_parameters_are_counted_without_a_run(tmp_path, capsys):
