@@ -251,6 +251,12 @@ def _is_run(word: str, own_file: str, paths: Sequence[str]) -> bool:
       fault = f'{word} is a run, {config} is its gin file'
     elif own_file and config.parent.is_dir():
       fault = f'{word} has no config.gin: it is no folder of a run (MODEL_DIR)'
+      own, held = (
+        own_file.removesuffix('.gin'),
+        config.parent.glob('*.safetensors'),
+      )
+      if not all(file.name.startswith('model') for file in held):
+        fault += f'; of what it holds: {own} models/... PROMPT_FILE={word}'
     elif own_file:
       fault += "; nor is it a run's folder"
     raise ConfigurationError(fault) from None

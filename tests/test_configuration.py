@@ -422,6 +422,8 @@ def test_a_run_imports_nothing_unasked(own_file):
 def test_a_folder_that_is_no_run_is_one_line(own_file):
   pathlib.Path('empty').mkdir()
   assert 'empty has no config.gin' in fault('empty')
+  write('exported/prompt.safetensors')
+  assert 'own models/... PROMPT_FILE=exported' in fault('exported')
   assert "nor is it a run's folder" in fault('runs/c')
   assert 'one run at a time' in fault('runs/a', 'runs/a/.')
   with pytest.raises(gin_files.ConfigurationError, match='is its gin file'):
