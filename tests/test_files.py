@@ -7,10 +7,12 @@ import stat
 import subprocess
 import threading
 
+from etils import epath
 import pytest
 
 from prompt_tuning import files
 from prompt_tuning.errors import UserError
+from prompt_tuning.serving import jobs
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,10 @@ def test_what_killed_processes_left_is_taken_away(tmp_path):
   with files.replacing(path) as file:
     file.write('x')
   assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+def test_an_evaluation_that_cannot_be_written_is_told(tmp_path):
+  (tmp_path / 'file').write_text('')
+  config = epath.Path(tmp_path / 'file' / 'config.gin')
+  with pytest.raises(UserError, match='EVAL_OUTPUT_DIR .* Not a directory'):
+    jobs._write_config(config, '', overwrite=False)

@@ -341,9 +341,14 @@ def _write_config(file: epath.Path, text: str, overwrite: bool) -> None:
       f' ({file.name} differs): choose another folder, or say'
       ' evaluate.overwrite=True'
     )
-  file.parent.mkdir(parents=True, exist_ok=True)
-  with files.replacing(file) as opened:
-    opened.write(text)
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(file) as opened:
+      opened.write(text)
+  except OSError as error:
+    raise UserError(
+      f'EVAL_OUTPUT_DIR {file.parent} cannot be written: {error.strerror}'
+    ) from None
 
 
 def _say(loaded: loading.Loaded) -> None:
