@@ -136,6 +136,6 @@ def test_what_killed_processes_left_is_taken_away(tmp_path):
 
 def test_an_evaluation_that_cannot_be_written_is_told(tmp_path):
   (tmp_path / 'file').write_text('')
-  config = epath.Path(tmp_path / 'file' / 'config.gin')
+  config = epath.Path(tmp_path / 'file' / 'eval' / 'config.gin')
   with pytest.raises(UserError, match='EVAL_OUTPUT_DIR .* Not a directory'):
     jobs._write_config(config, '', overwrite=False)
