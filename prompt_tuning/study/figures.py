@@ -201,18 +201,16 @@ def tradeoff(
       if summary is None or not runs:
         continue
       trained = max(run.facts['trained_parameters'] for run in runs)
-      peak = max(run.facts['peak_memory_bytes'] for run in runs)
-      seconds = statistics.median(
-        [run.seconds_per_step for run in runs if run.seconds_per_step]
-      )
+      peak = [run.facts.get('peak_memory_bytes') for run in runs]
+      seconds = [run.seconds_per_step for run in runs if run.seconds_per_step]
       size = max(run.size or 0 for run in runs)
       rows.append(
         [
           label,
           str(summary),
           f'{trained:,}',
-          f'{seconds:.3f}',
-          f'{peak / 1e6:,.0f}',
+          f'{statistics.median(seconds):.3f}' if seconds else '',
+          f'{max(peak) / 1e6:,.0f}' if all(peak) else '',
           f'{size / 1e3:,.0f}',
         ]
       )

@@ -142,6 +142,7 @@ def waywardness(
   def view(results: Results) -> Section:
     from matplotlib.figure import Figure
 
+    results.require(evaluation)
     rows, points = [], {}
     for cell in results.cells:
       run = results.runs.get(cell.name)

@@ -179,7 +179,7 @@ def study(
 
 def _sections(one: '_Study', views: Sequence[View]) -> list[Section]:
   """The report of what is done."""
-  results = Results(one.cells(), one.done(), one.settings)
+  results = Results(one.cells(), one.done(), one.settings, one.evaluations)
   if not isinstance(views, list | tuple):
     raise UserError('study.views is a list: study.views = (@table(),)')
   sections = [view(results) for view in views]
@@ -270,6 +270,11 @@ class _Study:
     common = [word for word in cell.common if '=' not in word or word in used]
     cell = dataclasses.replace(cell, common=tuple(common))
     return cell.with_words([word for word in self._words if word in used])
+
+  @property
+  def evaluations(self) -> tuple[str, ...]:
+    """What a run has: the one that chose its step, and further ones."""
+    return runs_lib.VALIDATION, *self._evaluations
 
   def home(self, name: str) -> pathlib.Path:
     """The folder of a cell: its own, or that of a run which is the same."""

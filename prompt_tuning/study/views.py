@@ -29,11 +29,21 @@ class Results:
     cells: of the study.
     runs: {name of a cell: its run}, of those that are done.
     settings: of a cell's command, {'Prompt.length': 20, ...}.
+    evaluations: what views may name; None: anything.
   """
 
   cells: Sequence[Cell]
   runs: Mapping[str, Run]
   settings: Callable[[Cell], Mapping[str, Any]] = lambda cell: {}
+  evaluations: Sequence[str] | None = None
+
+  def require(self, evaluation: str) -> None:
+    """UserError where the study has no such evaluation."""
+    if self.evaluations is not None and evaluation not in self.evaluations:
+      raise UserError(
+        f'a view names the evaluation {evaluation!r}, the study has'
+        f' {", ".join(self.evaluations)} (study.evaluations)'
+      )
 
   def chosen(self) -> list[tuple[Labels, Run]]:
     """Labels and runs of experiments.
@@ -70,6 +80,7 @@ class Results:
     A seed's value is the mean over all other axes; a seed that lacks a run of
     them is left out, so what is not done is not averaged over.
     """
+    self.require(evaluation)
     expected = {
       self._others(cell.labels, labels)
       for cell in self.cells
@@ -198,6 +209,7 @@ def every_metric(
   """
 
   def view(results: Results) -> Section:
+    results.require(evaluation)
     names = results.labels(columns)
     found: dict[tuple, dict[str, dict[str, list[float]]]] = {}
     for labels, run in results.chosen():
@@ -249,6 +261,7 @@ def compare(
     raise UserError(f'compare.labels takes two labels, got {list(labels)}')
 
   def view(results: Results) -> Section:
+    results.require(evaluation)
     groups: dict[tuple, dict[tuple, dict[str, Run]]] = {}
     for found, run in results.chosen():
       if found.get(axis) in labels:
@@ -298,6 +311,7 @@ def ensembles(
   """
 
   def view(results: Results) -> Section:
+    results.require(evaluation)
     rows, axes = [], []
     for cell in results.cells:
       run, labels = results.runs.get(cell.name), cell.labels

@@ -157,6 +157,16 @@ def test_what_a_method_costs_stands_beside_what_it_gives(folder):
   assert (report / 'score_against_trained_parameters.png').stat().st_size > 0
 
 
+def test_what_a_run_does_not_say_is_left_empty(folder):
+  for home in folder.iterdir():
+    (home / 'metrics.jsonl').unlink()
+    facts = json.loads((home / 'result.json').read_text())
+    del facts['peak_memory_bytes']
+    (home / 'result.json').write_text(json.dumps(facts))
+  _, text = collect(folder, figures.tradeoff('method'))
+  assert '|prompt|25.0±7.1|3,840|||0|' in text.replace(' ', '')
+
+
 def test_a_view_of_an_axis_that_is_not_there_is_told(folder):
   with pytest.raises(UserError, match="'modell', the study has model, method"):
     collect(folder, views.table(rows='modell', columns='method'))
@@ -416,6 +426,10 @@ def test_words_of_cells_that_are_left_out_are_no_fault(gin_study, capsys):
     (['study.at_once=0'], 'study.at_once must be 1 or more'),
     (['study.views=@bars'], 'study.views is a list'),
     (['table.rows=metod'], "the axis 'metod', the study has method, SEED"),
+    (
+      ['table.evaluation=tset'],
+      "the evaluation 'tset', the study has validation",
+    ),
     (['STUDY_DIR=/proc/x'], 'STUDY_DIR /proc/x cannot be made'),
   ],
 )
