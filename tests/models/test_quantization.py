@@ -71,7 +71,10 @@ def test_a_network_gives_what_its_rounded_kernels_give(scan):
 
   found = loss_and_gradient(stored, table)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    # Of entries near 0, within rounding of the largest.
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=3e-5 * np.abs(b).max()
+    ),
     found,
     loss_and_gradient(rounded, table),
   )
